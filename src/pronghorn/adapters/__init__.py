@@ -1,0 +1,1 @@
+"""Attach LoRA through PEFT, read adapter folders, and THE merge."""

@@ -1,0 +1,1 @@
+"""One file per verb; every verb is a few calls into the rooms."""

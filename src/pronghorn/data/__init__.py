@@ -1,0 +1,1 @@
+"""Rows of any known format to messages, tokens and loss masks."""

@@ -1,0 +1,1 @@
+"""Load a Source into a transformers model (and its adapter)."""

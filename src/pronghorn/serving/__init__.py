@@ -1,0 +1,1 @@
+"""Use a finished checkpoint: chat."""

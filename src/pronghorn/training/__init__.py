@@ -1,0 +1,1 @@
+"""One typed config, TRL's trainer, sealed checkpoints, resume."""

@@ -1,0 +1,1 @@
+"""Safetensors files, streamed: read, write, copy. Never a whole model in memory."""
