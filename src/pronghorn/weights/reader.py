@@ -59,3 +59,23 @@ def read_into(descriptor: int, start: int, buffer: memoryview, shard: Shard) -> 
                 f"{shard.path} became shorter while it was read", fix="restore the file and start again"
             )
         done += count
+
+
+def read_columns(shard: Shard, entry: TensorEntry, first: int, last: int) -> torch.Tensor:
+    """Columns ``first`` (included) to ``last`` (excluded) of a matrix, one positioned read per row.
+
+    Returns:
+        A tensor ``[entry.shape[0], last - first]`` in the stored dtype.
+    """
+    rows, columns = entry.shape
+    if not 0 <= first <= last <= columns:
+        raise ValueError(f"columns {first}:{last} of {entry.name} {entry.shape}")
+    dtype = TORCH_DTYPES[entry.dtype]
+    size = dtype.itemsize
+    buffer = torch.empty(rows * (last - first) * size, dtype=torch.uint8)
+    view, width = buffer.numpy().data, (last - first) * size
+    with shard.path.open("rb", buffering=0) as file:
+        for row in range(rows):
+            start = entry.start + (row * columns + first) * size
+            read_into(file.fileno(), start, view[row * width : (row + 1) * width], shard)
+    return buffer.view(dtype).reshape(rows, last - first)
