@@ -1,0 +1,133 @@
+"""Where in a rendered conversation the text that trains begins and ends.
+
+Found by rendering prefixes of the conversation and comparing, never by searching the text for markers: an answer
+starts where "all messages before it, plus the opening of an assistant turn" ends, and closes where "all messages up to
+it" ends. Both must be prefixes of the whole; a template that rewrites earlier turns fails that and is reported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pronghorn.data.formats import Chat, RowError
+from pronghorn.data.options import LossOn
+from pronghorn.data.templates import ChatTemplate, Prefix, RenderError
+
+
+@dataclass(frozen=True)
+class Located:
+    """A rendered conversation and the ``[start, end)`` characters of each message that trains, in order."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    opening_differs: bool = False  # a server would open some answer otherwise than this text does
+
+
+@dataclass(frozen=True)
+class RewrittenTurn:
+    """The template writes message ``index`` differently once others follow it."""
+
+    text: str
+    index: int
+
+
+def trained_messages(chat: Chat, loss_on: LossOn) -> list[int]:
+    """Indices of the messages that train; a message's own ``train`` overrides ``loss_on``.
+
+    Raises:
+        RowError: none would.
+    """
+    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    default: Sequence[int]
+    if loss_on == "all":
+        default = range(len(chat.messages))
+    else:
+        default = answers if loss_on == "assistant" else answers[-1:]
+    chosen = [i for i, own in enumerate(chat.train) if own or (own is None and i in default)]
+    if not chosen:
+        reason = (
+            "no message trains (train: false everywhere)"
+            if answers
+            else "has no assistant message to train on"
+        )
+        raise RowError("messages", reason)
+    if chosen[0] == 0 and chat.messages[0]["role"] == "assistant" and loss_on != "all":
+        raise RowError("messages[0].role", "a conversation cannot start with the answer")
+    return chosen
+
+
+def locate(
+    template: ChatTemplate, chats: Sequence[Chat], loss_on: LossOn
+) -> list[Located | RewrittenTurn | RowError]:
+    """Render each chat and find the text of its trained messages."""
+    jobs = [_Job.of(chat, loss_on) for chat in chats]
+    prefixes = [prefix for job in jobs if isinstance(job, _Job) for prefix in job.prefixes]
+    texts = iter(template.render(prefixes))
+    found: list[Located | RewrittenTurn | RowError] = []
+    for job in jobs:
+        if isinstance(job, RowError):
+            found.append(job)
+            continue
+        own = [next(texts) for _ in job.prefixes]
+        errors = [text for text in own if isinstance(text, RenderError)]
+        if errors:
+            found.append(RowError("messages", errors[0].reason))
+        else:
+            found.append(job.compare(template, [str(text) for text in own]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The prefixes of one chat that must be rendered: the whole first, then opening and closing of each turn."""
+
+    chat: Chat
+    chosen: list[int]
+    prefixes: list[Prefix]
+    whole: bool
+
+    @classmethod
+    def of(cls, chat: Chat, loss_on: LossOn) -> _Job | RowError:
+        try:
+            chosen = trained_messages(chat, loss_on)
+        except RowError as error:
+            return error
+        prefixes = [Prefix(chat.messages, chat.tools)]
+        whole = len(chosen) == len(chat.messages)
+        if not whole:
+            for index in chosen:
+                answer = chat.messages[index]["role"] == "assistant" and loss_on != "all"
+                prefixes.append(Prefix(chat.messages[:index], chat.tools, prompt=answer))
+                prefixes.append(Prefix(chat.messages[: index + 1], chat.tools))
+        return cls(chat, chosen, prefixes, whole)
+
+    def compare(self, template: ChatTemplate, texts: list[str]) -> Located | RewrittenTurn | RowError:
+        full = texts[0]
+        if self.whole:
+            return Located(full, ((0, len(full)),))
+        spans, differs = [], False
+        for position, index in enumerate(self.chosen):
+            opening, closing = texts[1 + 2 * position], texts[2 + 2 * position]
+            if not full.startswith(closing):
+                return RewrittenTurn(full, index)
+            start = len(opening)
+            if not full.startswith(opening):
+                differs = True
+                start = self._agreed_opening(template, index, opening, full)
+                if start < 0:
+                    return RewrittenTurn(full, index)
+            spans.append((start, len(closing)))
+        return Located(full, tuple(spans), differs)
+
+    def _agreed_opening(self, template: ChatTemplate, index: int, opening: str, full: str) -> int:
+        """Where the turn starts if a server's opening holds more than the text does (an opened reasoning block).
+
+        That is as far as both agree, which must lie behind all earlier messages; -1 if not.
+        """
+        before = template.render([Prefix(self.chat.messages[:index], self.chat.tools)])[0]
+        agreed = len(os.path.commonprefix([opening, full]))
+        if isinstance(before, RenderError) or not full.startswith(before) or agreed < len(before):
+            return -1
+        return agreed

@@ -1,0 +1,116 @@
+"""The chat template of a run: where it comes from, its hash, and messages rendered through transformers' sandbox."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pronghorn.errors import DataError
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class RenderError:
+    """A conversation the template raised on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first messages of a conversation, as a person or a server would render them."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    prompt: bool = False  # end with the opening of an assistant turn (add_generation_prompt)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """One Jinja template, bound to the tokenizer whose special tokens it names.
+
+    ``own`` is set where the tokenizer's template is used: transformers then picks among several (one for tools).
+    """
+
+    tokenizer: Any
+    text: str
+    origin: str
+    own: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the template text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def has_generation_marks(self) -> bool:
+        """Whether the template itself says which text the assistant writes."""
+        return bool(_GENERATION_MARK.search(self.text))
+
+    def render(self, prefixes: Sequence[Prefix]) -> list[str | RenderError]:
+        """Render each; those the template raises on become a ``RenderError``."""
+        texts: list[str | RenderError] = [""] * len(prefixes)
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for index, prefix in enumerate(prefixes):
+            groups.setdefault((prefix.prompt, id(prefix.tools) if prefix.tools else 0), []).append(index)
+        # One call for many conversations: half the time per conversation of one call each.
+        for members in groups.values():
+            for index, text in zip(members, self._render_alike([prefixes[i] for i in members]), strict=True):
+                texts[index] = text
+        return texts
+
+    def _render_alike(self, prefixes: list[Prefix]) -> list[str | RenderError]:
+        first = prefixes[0]
+        try:
+            return list(self._apply([p.messages for p in prefixes], first.tools, first.prompt))
+        except (
+            Exception
+        ) as error:  # a template may raise anything; here it only means: find out which one did
+            if len(prefixes) == 1:
+                return [RenderError(f"the chat template raised {type(error).__name__}: {error}")]
+        half = len(prefixes) // 2
+        return self._render_alike(prefixes[:half]) + self._render_alike(prefixes[half:])
+
+    def _apply(self, conversations: list[Any], tools: Any, prompt: bool) -> list[str]:
+        rendered: list[str] = self.tokenizer.apply_chat_template(
+            conversations,
+            tools=tools,
+            chat_template=None if self.own else self.text,
+            add_generation_prompt=prompt,
+            tokenize=False,
+            **self.options,
+        )
+        return rendered
+
+
+def choose_template(tokenizer: Any, file: Path | None, options: Mapping[str, Any]) -> ChatTemplate:
+    """The template in ``file``, else the tokenizer's own.
+
+    Raises:
+        DataError: the file cannot be read, or there is neither.
+    """
+    if file is not None:
+        try:
+            text = file.expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"chat template {file}: {error}", fix="check data.template") from error
+        if not text.strip():
+            raise DataError(f"chat template {file}: the file is empty", fix="check data.template")
+        return ChatTemplate(tokenizer, text, str(file), False, options)
+    if not tokenizer.chat_template:
+        raise DataError(
+            "these rows are conversations, and the tokenizer has no chat template to write them with",
+            fix="give one with data.template=FILE, or use a base with a template (usually named Instruct or Chat), "
+            "or rows with prompt and completion",
+        )
+    text = tokenizer.chat_template
+    if isinstance(text, dict):
+        text = json.dumps(text, sort_keys=True)
+    return ChatTemplate(tokenizer, text, "tokenizer", True, options)
