@@ -1,6 +1,6 @@
 """Rows of any known layout to one of three samples: a chat, a prompt with its completion, or plain text.
 
-The layout is read from the columns. Every reason for which a row cannot be used is found here or in the template.
+The layout is read from the columns. A row that cannot be used is refused here, or by the chat template.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TEXT_FIELDS = ("reasoning_content", "reasoning", "thinking", "name", "tool_call
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages for the chat template; ``train[i]`` is the row's own word on message i, None where it has none."""
+    """Messages for the chat template; ``train[i]`` is what the row says of message i, None if nothing."""
 
     messages: list[dict[str, Any]]
     train: tuple[bool | None, ...]
@@ -278,7 +278,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{where}[{index}]", "has no function name")
-        # OpenAI sends arguments as a JSON string; templates write them with `tojson` and would quote it twice.
+        # OpenAI sends arguments as JSON text; templates write them with `tojson` and would quote it twice.
         function = {
             **function,
             "arguments": _parse_json(function.get("arguments", {}), f"{where}[{index}].arguments"),

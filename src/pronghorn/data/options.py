@@ -22,7 +22,7 @@ class DataOptions(BaseModel):
 
     train: tuple[str, ...] = Field(
         min_length=1,
-        description="files (.jsonl .json .csv .parquet), a folder saved by datasets, or a dataset id on the hub",
+        description="files (.jsonl .json .csv .parquet), a folder saved by datasets, or a hub dataset id",
     )
     eval: tuple[str, ...] = Field(default=(), description="rows to evaluate on, named like train")
     eval_fraction: float = Field(
@@ -52,8 +52,8 @@ class DataOptions(BaseModel):
     )
     rewritten: Rewritten = Field(
         default="refuse",
-        description="conversations whose earlier answers the template rewrites once others follow: refuse them, train "
-        "the last_turn only, or split them into one row per answer, each as it would be served",
+        description="conversations whose earlier answers the template rewrites once others follow: refuse them, "
+        "train the last_turn only, or split them into one row per answer, each as it would be served",
     )
     too_long: TooLong = Field(
         default="truncate", description="rows longer than the sequence limit: cut or drop them"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.data.formats import RowError, Sample, detect_format, layouts, to_sample
-from pronghorn.data.options import DataOptions, Format
+from pronghorn.data.options import FORMATS, DataOptions, Format
 from pronghorn.data.report import SHOWN, DataReport
 from pronghorn.data.rows import BadRow, Row, Source, open_source
 from pronghorn.data.store import ArrowFile, cache_key, cache_root, content_hash, keep, new_folder
@@ -27,7 +27,7 @@ _CHAT_LAYOUTS = ("messages", "conversations", "instruction")
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready to train on: ``datasets.Dataset`` with columns input_ids and labels (-100 where nothing trains)."""
+    """``datasets.Dataset`` with columns input_ids and labels (-100 where nothing trains)."""
 
     train: Any
     eval: Any | None
@@ -132,8 +132,7 @@ def _layout(sources: list[Source], options: DataOptions) -> Format:
                 reasons.append(row.bad(error.field, error.reason))
     raise DataError(
         "the format of the rows cannot be told:\n" + "\n".join(f"  {reason}" for reason in reasons[:SHOWN]),
-        fix="set data.format to messages, conversations, prompt_completion, instruction or text, and data.rename for "
-        "columns of other names",
+        fix=f"set data.format to one of {', '.join(FORMATS)}, and data.rename for columns of other names",
     )
 
 
@@ -259,8 +258,8 @@ def _refuse_empty(report: DataReport) -> None:
         return
     if report.dropped:
         raise DataError(
-            f"no row is left to train on: of {report.rows_read} rows, {report.dropped} keep no trained token within "
-            f"{report.max_length} tokens (the longest has {report.longest})",
+            f"no row is left to train on: of {report.rows_read} rows, {report.dropped} keep no trained token "
+            f"within {report.max_length} tokens (the longest has {report.longest})",
             fix="raise max_length, or shorten the prompts",
         )
     raise DataError(

@@ -38,7 +38,7 @@ class BadRow:
 class Row:
     """One row: its file, its number there and its columns.
 
-    ``number`` is the line for .jsonl files, and the row (1 is the first; a CSV header does not count) for all others.
+    ``number`` is the line for .jsonl files, else the row; 1 is the first, and a CSV header does not count.
     """
 
     file: str
@@ -232,7 +232,7 @@ def _open_hub(name: str, options: DataOptions) -> Source:
         raise DataError(
             f"{name}: neither a local file or folder nor a dataset that could be loaded from the hub "
             f"(split {options.split!r}): {error}",
-            fix="check the path or id, data.split and data.subset, and the network (HF_HUB_OFFLINE forbids it)",
+            fix="check the path or id, data.split, data.subset, and the network (HF_HUB_OFFLINE forbids it)",
         ) from error
     return from_dataset(loaded, name)
 

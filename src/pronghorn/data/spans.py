@@ -1,13 +1,12 @@
 """Where in a rendered conversation the text that trains begins and ends.
 
-Found by rendering prefixes of the conversation and comparing, never by searching the text for markers: an answer
-starts where "all messages before it, plus the opening of an assistant turn" ends, and closes where "all messages up to
-it" ends. Both must be prefixes of the whole; a template that rewrites earlier turns fails that and is reported.
+Found by rendering prefixes of the conversation and comparing, never by searching the text for markers: an
+answer starts where "all messages before it, plus the opening of an assistant turn" ends, and closes where "all
+messages up to it" ends. Both must be prefixes of the whole; a template that rewrites earlier turns fails that.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,7 +80,7 @@ def locate(
 
 @dataclass(frozen=True)
 class _Job:
-    """The prefixes of one chat that must be rendered: the whole first, then opening and closing of each turn."""
+    """The prefixes of one chat to render: the whole first, then opening and closing of each trained turn."""
 
     chat: Chat
     chosen: list[int]
@@ -122,12 +121,12 @@ class _Job:
         return Located(full, tuple(spans), differs)
 
     def _agreed_opening(self, template: ChatTemplate, index: int, opening: str, full: str) -> int:
-        """Where the turn starts if a server's opening holds more than the text does (an opened reasoning block).
+        """Where the turn starts if a server's opening holds more than the text (an opened reasoning block).
 
         That is as far as both agree, which must lie behind all earlier messages; -1 if not.
         """
         before = template.render([Prefix(self.chat.messages[:index], self.chat.tools)])[0]
-        agreed = len(os.path.commonprefix([opening, full]))
+        agreed = next((i for i, (a, b) in enumerate(zip(opening, full, strict=False)) if a != b), len(full))
         if isinstance(before, RenderError) or not full.startswith(before) or agreed < len(before):
             return -1
         return agreed

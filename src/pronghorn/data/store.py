@@ -1,10 +1,9 @@
-"""Tokenised rows on disk: one memory-mapped Arrow file per part, in a folder named by everything that made it."""
+"""Tokenised rows on disk: one memory-mapped Arrow file per part, in a folder named by all that made it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -94,7 +93,7 @@ def new_folder(root: Path) -> Path:
 def keep(folder: Path, target: Path) -> Path:
     """Rename a finished folder; if another process was first, its equal result is used."""
     try:
-        os.rename(folder, target)
+        folder.rename(target)
     except OSError:
         if not target.is_dir():
             raise

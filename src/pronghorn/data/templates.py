@@ -1,4 +1,4 @@
-"""The chat template of a run: where it comes from, its hash, and messages rendered through transformers' sandbox."""
+"""The chat template of a run: its origin, its hash, and messages rendered in transformers' sandbox."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Prefix:
 class ChatTemplate:
     """One Jinja template, bound to the tokenizer whose special tokens it names.
 
-    ``own`` is set where the tokenizer's template is used: transformers then picks among several (one for tools).
+    ``own``: it is the tokenizer's; transformers then picks among several (one for tools).
     """
 
     tokenizer: Any
@@ -107,8 +107,8 @@ def choose_template(tokenizer: Any, file: Path | None, options: Mapping[str, Any
     if not tokenizer.chat_template:
         raise DataError(
             "these rows are conversations, and the tokenizer has no chat template to write them with",
-            fix="give one with data.template=FILE, or use a base with a template (usually named Instruct or Chat), "
-            "or rows with prompt and completion",
+            fix="give one with data.template=FILE, or use a base with a template (usually named Instruct or "
+            "Chat), or rows with prompt and completion",
         )
     text = tokenizer.chat_template
     if isinstance(text, dict):

@@ -1,8 +1,8 @@
 """Samples to token ids and labels.
 
-Conversations are encoded as one text without added special tokens, so the ids are those of ``apply_chat_template``.
-Labels are -100 where nothing is trained. A trained turn runs through the token that closes it; whitespace that the
-template writes behind that token does not train.
+Conversations are encoded as one text without added special tokens, so the ids are those of
+``apply_chat_template``. Labels are -100 where nothing is trained. A trained turn runs through the token that closes
+it; whitespace that the template writes behind that token does not train.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EncodedRow:
 
     @property
     def trained(self) -> int:
-        """Number of tokens that train. The first token of a row has nothing before it to be predicted from."""
+        """Number of labels that train."""
         return len(self.labels) - self.labels.count(IGNORE)
 
 
@@ -55,7 +55,7 @@ class Encoder:
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which characters a token covers",
+                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which text a token covers",
                 fix="load the tokenizer with use_fast=True, or convert it to tokenizer.json",
             )
         self.tokenizer = tokenizer
@@ -205,8 +205,8 @@ class Encoder:
         if self.options.rewritten == "refuse":
             return RowError(
                 f"messages[{turn.index}]",
-                "the chat template writes this message differently once others follow it, so what would be trained is "
-                "not what would be served; set data.rewritten=split (one row per answer, each as served), "
+                "the chat template writes this message differently once others follow it, so what would be "
+                "trained is not what would be served; set data.rewritten=split (one row per answer, each as served), "
                 "data.rewritten=last_turn, or data.loss_on=last_assistant",
             )
         chosen = trained_messages(chat, self.options.loss_on)
