@@ -96,11 +96,12 @@ def pairs_fit_base(folder: Folder) -> Row:
     """Every adapted module is in the base, with the widths of A and B."""
     assert folder.base is not None
     name = "every module is in the base"
-    base = {_tail(t.removesuffix(".weight")): x.shape for t, x in folder.base.tensors.items()}
+    base = {tail(t.removesuffix(".weight")): x.shape for t, x in folder.base.tensors.items()}
+    known = {_kind(module) for module in base}
     problems, elsewhere, found = [], 0, pairs(folder)
     for module, pair in found.items():
-        shape = base.get(_tail(module))
-        if shape is None and not re.search(r"(^|\.)(experts|lm_head)\b", module):
+        shape = base.get(tail(module))
+        if shape is None and _kind(tail(module)) in known:
             problems.append(f"{module} is not in the base")
         elif shape is None or len(shape) != 2 or set(pair) != {"A", "B"}:
             elsewhere += 1
@@ -108,14 +109,25 @@ def pairs_fit_base(folder: Folder) -> Row:
             wanted = (pair["B"].shape[0], pair["A"].shape[1])
             if wanted != shape and not _transposed(wanted, shape, module, adapter_config(folder)):
                 problems.append(f"{module}: the adapter is for {list(wanted)}, the base has {list(shape)}")
+    if found and elsewhere == len(found) and not any(".experts" in module for module in found):
+        problems.append(f"none of its {elsewhere} modules is in the base (first: {next(iter(found))})")
     rest = f"; {elsewhere} are no plain matrix of the base files, only --deep can tell" if elsewhere else ""
     return verdict(name, problems, f"{len(found) - elsewhere} modules by name and widths{rest}")
 
 
-def _tail(module: str) -> str:
-    """A module's name from its layer number on: prefixes differ between file layouts of one model."""
-    match = re.search(r"(?:layers|h|blocks)\.\d+\..+$", module)
-    return match[0] if match else module.rpartition(".")[2]
+def _kind(module: str) -> str:
+    """A module's name without its numbers."""
+    return re.sub(r"\d+", "*", module)
+
+
+def tail(module: str) -> str:
+    """A module's name from its layer number on: prefixes differ between file layouts of one model.
+
+    The layers of an image or sound tower keep a prefix of their own.
+    """
+    match = re.search(r"(?:layers|h|blocks)\.\d+\..+$|(?:embed_tokens|wte|norm|lm_head)(?:\.\w+)?$", module)
+    tower = "tower." if re.search(r"(^|\.)(vision|visual|audio)", module) else ""
+    return tower + match[0] if match else module
 
 
 def _transposed(wanted: tuple[int, int], shape: tuple[int, ...], module: str, config: dict[str, Any]) -> bool:
