@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from pronghorn.adapters.origin import Origin, base_of, origin_of
 from pronghorn.adapters.record import AdapterRecord, library_versions, write_record
-from pronghorn.errors import AdapterError
+from pronghorn.errors import AdapterError, NotSupportedError
 from pronghorn.weights.writer import StagedFolder, apply_umask, sync_path, sync_tree
 
 # what tokenizers of all kinds are made of; copied byte for byte where the tokenizer was not changed
@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _TIED_ATTRIBUTE = "_pronghorn_tied"
 
 
@@ -88,7 +89,7 @@ def bind_save(model: PeftModel, *, tied: str | None) -> None:
 
 def tokenizer_print(tokenizer: Any) -> str:
     """A hash of everything a tokenizer says: vocabulary, special tokens, template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     core = backend.to_str() if hasattr(backend, "to_str") else sorted(tokenizer.get_vocab().items())
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     said = [core, special, tokenizer.chat_template, tokenizer.padding_side, type(tokenizer).__name__]
@@ -109,6 +110,12 @@ def _save_pretrained(
     """What is bound as ``save_pretrained``: PEFT's signature, as trainers call it."""
     if not safe_serialization:
         raise AdapterError("safe_serialization=False writes pickled weights", fix="leave it out")
+    if kwargs.pop("push_to_hub", False):
+        raise NotSupportedError(
+            "push_to_hub=True: nothing is uploaded", fix="upload the folder with `hf upload`"
+        )
+    for inherited in ("max_shard_size", "save_embedding_layers"):  # model.push_to_hub and trainers pass them
+        kwargs.pop(inherited, None)
     if kwargs:
         raise AdapterError(f"save_pretrained knows no {', '.join(sorted(kwargs))}", fix="leave it out")
     if not is_main_process:
@@ -123,7 +130,7 @@ def _choose(model: PeftModel, name: str | None) -> str:
     names = list(model.peft_config)
     if name is None and len(names) == 1:
         return str(names[0])
-    if name not in names:
+    if name is None or name not in names:
         asked = "no adapter was chosen" if name is None else f"there is no adapter {name!r}"
         raise AdapterError(
             f"{asked}; the model has {', '.join(names)}", fix="name one of them (selected_adapters=[NAME])"
@@ -176,4 +183,23 @@ def _write_tokenizer(folder: Path, tokenizer: Any, origin: Origin | None) -> Non
             if (origin.tokenizer_folder / name).is_file():
                 shutil.copyfile(origin.tokenizer_folder / name, folder / name)
         return
-    chosen.save_pretrained(folder)
+    limit = chosen.model_max_length
+    if origin and chosen is origin.tokenizer and origin.tokenizer_limit is not None:
+        chosen.model_max_length = origin.tokenizer_limit  # ours is a setting of the run, not of the tokenizer
+    try:
+        chosen.save_pretrained(folder)
+    finally:
+        chosen.model_max_length = limit
+    if origin and origin.tokenizer_folder:
+        _keep_class(folder / TOKENIZER_CONFIG, origin.tokenizer_folder / TOKENIZER_CONFIG)
+
+
+def _keep_class(written: Path, original: Path) -> None:
+    """Keep the tokenizer class the base names: transformers 5 writes one that older readers do not know."""
+    if not (written.is_file() and original.is_file()):
+        return
+    named = json.loads(original.read_text(encoding="utf-8")).get("tokenizer_class")
+    config = json.loads(written.read_text(encoding="utf-8"))
+    if named and config.get("tokenizer_class") != named:
+        config["tokenizer_class"] = named
+        written.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

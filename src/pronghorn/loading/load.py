@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.adapters.attach import report
-from pronghorn.adapters.origin import Origin, remember
+from pronghorn.adapters.origin import Origin, remember, sample_weights
 from pronghorn.adapters.record import differences, read_record
 from pronghorn.adapters.save import bind_save, record_of, tokenizer_print
 from pronghorn.errors import ConfigError
@@ -93,6 +93,7 @@ def _load_base(
         check_rows(tokenizer_folder, tokenizer, rows)
     as_loaded = tokenizer_print(tokenizer)
     length = _length(model, options.max_seq_length, recorded_length)
+    own_limit = tokenizer.model_max_length
     tokenizer.model_max_length = length
     origin = Origin(
         name=base.name,
@@ -103,6 +104,8 @@ def _load_base(
         tokenizer=tokenizer,
         tokenizer_print=as_loaded,
         tokenizer_folder=tokenizer_folder,
+        tokenizer_limit=own_limit,
+        samples=sample_weights(model),
         seed=options.seed,
         rows=rows,
     )
