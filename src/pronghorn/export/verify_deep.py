@@ -2,8 +2,8 @@
 
 The truth is base + adapter by plain PEFT in float32, unmerged. The tolerance is not chosen: it is 1.5 x the
 error that PEFT's own float32 merge makes once rounded to the stored dtype, on the very same token ids. Models
-are loaded one after the other, so the memory needed is that of one float32 model; where not even that is there,
-weights are compared file against file and everything else is reported as not verified.
+are loaded one after the other, so the memory needed is that of one float32 model; where not even that is
+there, weights are compared file against file and everything else is reported as not verified.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Gap:
 class Truth:
     """What base + adapter computes: greedy answers, and logits over prompts and answers.
 
-    ``rounded``: logits of the reference, PEFT's merge rounded to the stored dtype. ``signal``: distance of the truth
-    to the base's logits; ``kept``: of the reference to them; ``reference``: of the reference to the truth.
+    ``rounded``: logits of the reference, PEFT's merge rounded to the stored dtype. ``signal``: distance of the
+    truth to the base's logits; ``kept``: of the reference to them; ``reference``: of the reference to the truth.
     """
 
     answers: tuple[Answer, ...]
@@ -65,12 +65,15 @@ class Truth:
     reference: Gap
 
     @property
+    def noise(self) -> float:
+        """What float32 arithmetic alone may differ by: 2^-18 of the largest logit."""
+        return 2.0**-18 * max(float(values.abs().max()) for values in self.logits)
+
+    @property
     def tolerance(self) -> Gap:
-        """The largest distance to the truth that rounding explains, plus float32's own noise."""
-        noise = 2.0**-18 * self.scale
-        return Gap(
-            REFERENCE_FACTOR * self.reference.largest + noise, REFERENCE_FACTOR * self.reference.rms + noise
-        )
+        """The largest distance to the truth that rounding explains."""
+        by_size = REFERENCE_FACTOR * self.reference.largest + self.noise
+        return Gap(by_size, REFERENCE_FACTOR * self.reference.rms + self.noise)
 
 
 def compute_promises(folder: Path, adapter: Path | None, base: Path | None) -> tuple[Row, ...]:
@@ -148,9 +151,7 @@ def _truth(view: Folder, adapter: Path, base: Folder, home: Folder) -> tuple[Row
     return keys, Truth(answers, truth, rounded, *gaps)
 
 
-def _judge(
-    view: Folder, base: Folder, home: Folder, truth: Truth, weights: Comparison | None
-) -> Iterator[Row]:
+def _judge(view: Folder, base: Folder, home: Folder, truth: Truth) -> Iterator[Row]:
     """Load the folder and hold it against the truth; the truth's model is gone by now."""
     try:
         if view.is_adapter:
@@ -183,8 +184,8 @@ def logits_row(gap: Gap, truth: Truth) -> Row:
 def moves_row(truth: Truth, apart: Gap) -> Row:
     """The adapter moves the logits by much more than the tolerance, so that equality says something.
 
-    A weaker adapter is told from the base by the rounded reference: ``apart``, the folder's distance to it, must be
-    a hundredth of the base's.
+    A weaker adapter is told from the base by the rounded reference: ``apart``, the folder's distance to it,
+    must be a hundredth of the base's.
     """
     ratio, apart_at_most = truth.signal.largest / truth.tolerance.largest, apart.largest + truth.noise
     told = f"the adapter moves them by {truth.signal.largest:.3g}, {ratio:,.3g} x the tolerance"

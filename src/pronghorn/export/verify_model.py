@@ -121,8 +121,8 @@ class Answer:
 def prompts(folder: Folder, tokenizer: Any) -> list[torch.Tensor]:
     """Batches [B, T] of token ids: random ones over the whole vocabulary, and a rendered chat.
 
-    Without a chat template there is no chat. Placeholders for images and sound are left out: they mean nothing
-    without their data.
+    Without a chat template there is no chat. Placeholders for images and sound mean nothing without their data
+    and are left out.
     """
     generator = torch.Generator().manual_seed(20)
     size = int(folder.text_config["vocab_size"])
