@@ -44,8 +44,8 @@ class LoraPair:
     """One low-rank update: A [r, in] and B [out, r] of a module or parameter of the model.
 
     ``parameter`` is the full name of the weight in the model; ``embedding`` means A is [r, vocabulary] and B
-    [width, r]; ``stacked`` that A is [experts*r, in] and B [out, r*experts]. ``magnitude`` is DoRA's vector [out],
-    ``bias`` is added (scaled) to the module's bias.
+    [width, r]; ``stacked`` that A is [experts*r, in] and B [out, r*experts]. ``magnitude`` is DoRA's vector
+    [out], ``bias`` is added (scaled) to the module's bias.
     """
 
     parameter: str
