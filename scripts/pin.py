@@ -1,7 +1,7 @@
-"""Write a constraints file from the packages installed in this interpreter: ``python scripts/pin.py FILE``.
+"""Write a constraints file from the packages installed here: ``python scripts/pin.py FILE``.
 
-Local labels such as ``+cpu`` are dropped, so that a pin fits every build of a version. A package whose version needs
-a newer Python than the oldest one pronghorn supports is pinned from that newer one on.
+Local labels such as ``+cpu`` are dropped, so that a pin fits every build of a version. A package whose
+version needs a newer Python than the oldest one pronghorn supports is pinned from that newer one on.
 """
 
 from __future__ import annotations

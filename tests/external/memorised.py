@@ -1,13 +1,12 @@
-"""Tiny models whose greedy answers are far from any tie, so that "the same tokens" means something in bfloat16.
+"""Tiny models whose greedy answers are far from any tie: "the same tokens" means something in bfloat16.
 
-A random model's two best logits often lie within bfloat16 rounding. Here the base is trained until it has memorised
-one answer to each prompt, and the adapter until it has memorised another: every greedy step then has a wide margin,
-and a missing or wrongly merged adapter gives other tokens.
+A random model's two best logits often lie within bfloat16 rounding. Here the base is trained until it has
+memorised one answer to each prompt, and the adapter until it has memorised another: every greedy step has a
+wide margin, and a missing or wrongly merged adapter gives other tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from tests import tiny
 
 EOS_ID = 3
+BASE, TRAINED = 1, 2  # seeds of the answers that the base and the adapter have memorised
 PROMPTS = ([1, 40, 41, 42, 43], [1, 90, 91, 92], [1, 150, 151, 152, 153, 154])
 ANSWER_TOKENS = 12  # including the end token
+MAX_TOKENS = ANSWER_TOKENS + 4  # room to show a model that does not stop
 
 # vLLM's CPU attention serves head sizes of 32, 64, 80, ... and not the 16 of tests/tiny.py
 _WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192}
@@ -46,11 +47,10 @@ def answers(seed: int) -> list[list[int]]:
     return [[*torch.randint(10, 500, (count,), generator=generator).tolist(), EOS_ID] for _ in PROMPTS]
 
 
-def memorise(
-    model: Any, parameters: Iterable[torch.nn.Parameter], seed: int, *, steps: int, rate: float
-) -> None:
-    """Train ``parameters`` until ``model`` answers the prompts with ``answers(seed)``."""
-    optimizer = torch.optim.AdamW(list(parameters), lr=rate, weight_decay=0.0)
+def memorise(model: Any, seed: int, *, steps: int, rate: float) -> None:
+    """Train what is trainable in ``model`` until it answers the prompts with ``answers(seed)``."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers(seed), strict=True)]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -73,7 +73,7 @@ def write_pair(folder: Path, family: str) -> tuple[Path, Path]:
     """Write ``folder/base`` (bfloat16) and ``folder/adapter`` (saved by PEFT alone); returns both paths."""
     base, adapter = folder / "base", folder / "adapter"
     model = tiny.model(family, **OVERRIDES[family])
-    memorise(model, model.parameters(), seed=1, steps=60, rate=3e-3)
+    memorise(model, BASE, steps=60, rate=3e-3)
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         pad_token_id=0, bos_token_id=1, eos_token_id=EOS_ID, max_new_tokens=ANSWER_TOKENS, do_sample=False
@@ -85,8 +85,7 @@ def write_pair(folder: Path, family: str) -> tuple[Path, Path]:
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     options = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(loaded, options)
-    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    memorise(wrapped, trained, seed=2, steps=80, rate=1e-2)
+    memorise(wrapped, TRAINED, steps=80, rate=1e-2)
     wrapped.save_pretrained(adapter)
     return base, adapter
 
@@ -98,8 +97,8 @@ def load(base: Path, adapter: Path | None = None) -> Any:
 
 
 @torch.no_grad()
-def logits(model: Any, seed: int = 2) -> torch.Tensor:
-    """Logits over prompt + answer of every prompt, [rows * tokens, vocabulary]."""
+def logits(model: Any, seed: int = TRAINED) -> torch.Tensor:
+    """Logits over prompt + answer(seed) of every prompt, [rows * tokens, vocabulary]."""
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers(seed), strict=True)]
     return torch.cat([model(input_ids=torch.tensor([row])).logits[0].float() for row in rows])
 
@@ -111,7 +110,7 @@ def greedy(model: Any) -> list[list[int]]:
     for prompt in PROMPTS:
         out = model.generate(
             input_ids=torch.tensor([prompt]),
-            max_new_tokens=ANSWER_TOKENS + 4,
+            max_new_tokens=MAX_TOKENS,
             do_sample=False,
             eos_token_id=EOS_ID,
         )

@@ -1,9 +1,10 @@
 """Run by the vLLM environment's own interpreter: greedy generation for a list of folders.
 
-``python vllm_generate.py job.json out.json``. The job is a list of engines, each
-``{"model": folder, "adapters": [folder, ...], "prompts": [[token id, ...], ...], "max_tokens": n}``; the answer is,
-for each engine, a list with one entry for the plain model and one for each adapter, each holding for every prompt
-``{"tokens": [generated id, ...], "prompt_logprobs": [log-probability of prompt token 1, 2, ...]}``.
+``python vllm_generate.py job.json out.json``. The job is a list of engines, each ``{"model": folder,
+"adapters": [folder, ...], "prompts": [[token id, ...], ...], "max_tokens": n}``. The answer has a list for
+each engine, with one entry for the plain model and one for each adapter, each holding for every prompt
+``{"tokens": [generated id, ...]}`` and, in engines without adapters, ``"prompt_logprobs"``: the
+log-probabilities of prompt tokens 1, 2, ...
 
 This file imports vLLM and the standard library only: it must not share code with what it checks.
 """
