@@ -109,7 +109,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         if row is None:
             return
         if "loss" in row:
-            # finite gradients whose norm overflows are scaled to zero: harmless to the weights, but training is over
+            # finite gradients whose norm overflows are scaled to zero: the weights are good, training is over
             if not math.isfinite(row.get("grad_norm", 0.0)):
                 raise non_finite("gradient norm", row["grad_norm"], state.global_step)
             row["tokens"] = self.context.loop.tokens
@@ -168,7 +168,8 @@ def check_restored(model: Any, sealed: dict[str, str], checkpoint: Path) -> None
     different = sorted(name for name in {*now, *sealed} if now.get(name) != sealed.get(name))
     if different:
         raise TrainingError(
-            f"{checkpoint} was not restored exactly: {len(different)} trained tensors differ{_first_names(different)}",
+            f"{checkpoint} was not restored exactly: {len(different)} trained tensors differ"
+            f"{_first_names(different)}",
             fix="go on with the library versions in manifest.json, or start a new run folder",
         )
 

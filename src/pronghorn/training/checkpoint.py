@@ -1,7 +1,7 @@
-"""Sealed checkpoints: complete, listed with sha256, synced, then renamed to step-N; found again, checked, rotated.
+"""Sealed checkpoints: complete, listed with sha256, synced, renamed to step-N; found again, checked, rotated.
 
-The folder the Trainer writes is scratch. A checkpoint exists from the rename on, and whatever has that name was whole
-then; the digests in its MANIFEST.json show what happened to it since.
+The folder the Trainer writes is scratch. A checkpoint exists from the rename on, and whatever has that name
+was whole then; the digests in its MANIFEST.json show what happened to it since.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def seal(written: Path, checkpoints: Path, step: int, progress: dict[str, Any]) 
         if missing:
             raise TrainingError(
                 f"the checkpoint of step {step} lacks {', '.join(missing)}",
-                fix="this is a gap between pronghorn and the installed transformers: please report both versions",
+                fix="the installed transformers saves other files than expected: please report its version",
             )
         files = {
             path.relative_to(staging).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
@@ -115,7 +115,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def newest_valid(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is as it was sealed; each damaged one on the way is told (file and reason)."""
+    """The newest checkpoint that is as it was sealed; damaged ones are told (file and reason)."""
     for checkpoint in list_checkpoints(folder):
         reason = damage(checkpoint.path)
         if not reason:
@@ -125,7 +125,7 @@ def newest_valid(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove everything older than the ``keep`` newest valid checkpoints, each by a rename and then a delete."""
+    """Remove what is older than the ``keep`` newest valid checkpoints: first a rename, then a delete."""
     valid = 0
     for checkpoint in list_checkpoints(folder):
         if valid >= keep:

@@ -15,8 +15,9 @@ IGNORED_LABEL = -100
 class PadCollator:
     """Pads on the right to the longest row of the batch.
 
-    ``input_ids``, ``attention_mask`` and ``labels`` come out as [B, T] int64. The label of position 0 is always
-    ignored: nothing predicts it, and counting it would skew the number of trained tokens the loss is divided by.
+    ``input_ids``, ``attention_mask`` and ``labels`` come out as [B, T] int64. The label of position 0 is
+    ignored: nothing predicts it, and counting it would skew the number of trained tokens the loss is divided
+    by.
     """
 
     pad_token_id: int

@@ -1,4 +1,4 @@
-"""The one typed configuration of a run: what run.yaml may say, with a default, a rule and a sentence for each key."""
+"""The one typed configuration of a run: what run.yaml may say, each key with a default and a rule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelSection(Section):
     max_seq_length: int | None = Field(
         None,
         ge=2,
-        description="Longest row in tokens; longer rows are cut and reported. Empty: 2048, or the model's limit.",
+        description="Longest row in tokens; longer ones are cut and told. Empty: 2048, or the model's limit.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="In what the base is held: auto takes the dtype of its files."
@@ -73,7 +73,7 @@ class TrainingSection(Section):
     )
     recompute: bool = Field(
         True,
-        description="Forget activations and compute them again in backward: less memory, about 25 % more time.",
+        description="Compute activations again in backward: far less memory, about 25 % more time.",
     )
 
 
@@ -143,7 +143,7 @@ class RunConfig(Section):
     data: DataOptions = Field(description="The rows, and what of them is trained.")
     lora: LoraOptions | None = Field(
         None,
-        description="The adapter; empty: the defaults on a base. Must be empty if model.name is an adapter already.",
+        description="The adapter; empty: the defaults. Must be empty if model.name is an adapter already.",
     )
     training: TrainingSection = Field(
         default_factory=TrainingSection, description="Optimizer, schedule, batch."
@@ -223,7 +223,7 @@ def with_lora_defaults(config: RunConfig, *, adapter: bool | None = None) -> Run
         adapter = (Path(config.model.name).expanduser() / "adapter_config.json").is_file()
     if adapter and config.lora is not None:
         raise ConfigError(
-            f"model.name {config.model.name} is an adapter, which has its rank and targets; lora asks for a new one",
+            f"model.name {config.model.name} is an adapter with a rank and targets; lora asks for a new one",
             fix="remove the lora section to go on training it, or name its base as model.name",
         )
     return config if adapter or config.lora is not None else config.model_copy(update={"lora": LoraOptions()})

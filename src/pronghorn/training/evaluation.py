@@ -32,7 +32,7 @@ class TokenTotals:
 def add_batch(totals: TokenTotals, model: Any, base: Any, batch: dict[str, torch.Tensor]) -> None:
     """Add one batch to ``totals``.
 
-    Only the positions that some row of the batch is scored on get logits, and these are turned to float32 one row at
+    Only the positions that some row of the batch is scored on get logits, and these become float32 one row at
     a time, so the peak is [B, K, V] in the model's dtype for K scored positions, not [B, T, V] in float32.
 
     Args:

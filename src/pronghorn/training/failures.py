@@ -19,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(config: RunConfig, step: int, phase: str) -> OutOfMemoryError:
-    """The error for a run that ran out of memory in ``phase`` of ``step``; names the setting that helps first."""
+    """The error for no memory left in ``phase`` of ``step``; names the setting that helps first."""
     training = config.training
     eval_batch = config.eval.batch_size or training.batch_size
     if phase == "loading":
@@ -34,9 +34,9 @@ def out_of_memory(config: RunConfig, step: int, phase: str) -> OutOfMemoryError:
     elif training.batch_size > 1:
         half = training.batch_size // 2
         fix = (
-            f"training.batch_size is {training.batch_size}: set it to {half}, and training.gradient_accumulation from "
-            f"{training.gradient_accumulation} to {training.gradient_accumulation * training.batch_size // half} "
-            "for the same rows per step"
+            f"training.batch_size is {training.batch_size}: set it to {half}, and "
+            f"training.gradient_accumulation from {training.gradient_accumulation} to "
+            f"{training.gradient_accumulation * training.batch_size // half} for the same rows per step"
         )
     else:
         length = config.model.max_seq_length or "not set"

@@ -1,4 +1,4 @@
-"""The run folder: its names, its small files written whole or not at all, and what a killed process left in it."""
+"""The run folder: its names, small files written whole or not at all, what a killed process left in it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RunFolder:
         )
         if foreign and not self.config.exists():
             raise RunConflictError(
-                f"output.folder {self.root} holds {', '.join(foreign[:5])} but no run.yaml: it is not a run folder",
+                f"output.folder {self.root} is not a run folder: no run.yaml, but {', '.join(foreign[:5])}",
                 fix="choose another output.folder, or empty this one",
             )
 

@@ -20,7 +20,7 @@ LOCK_NAME = ".lock"
 class RunLock:
     """``with RunLock(folder):`` no other process trains into ``folder`` meanwhile.
 
-    A lock left by a process that is gone (same host, and no process with that id and start time) is taken over.
+    A lock left by a process that is gone (this host, no process with that id and start time) is taken over.
 
     Raises:
         RunConflictError: another process holds the folder; the message names host, process and file.
@@ -34,7 +34,7 @@ class RunLock:
             holder = self._holder()
             if holder is not None:
                 raise RunConflictError(
-                    f"{self.path.parent} is in use by process {holder.get('pid')} on host {holder.get('host')}",
+                    f"{self.path.parent} is in use by process {holder['pid']} on host {holder['host']}",
                     fix=f"wait for it or stop it; if that host is gone, remove {self.path}",
                 )
             self.path.unlink(missing_ok=True)  # left by a process that is gone
@@ -77,7 +77,7 @@ def _alive(holder: dict[str, Any]) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """The start of a process in clock ticks since boot (field 22 of /proc/PID/stat); None where there is no /proc."""
+    """When a process began, in ticks since boot (field 22 of /proc/PID/stat); None without /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -8,7 +8,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pronghorn.training.callbacks import FlowCallback, MetricsCallback, RunContext, SealCallback, check_restored
+from pronghorn.training.callbacks import (
+    FlowCallback,
+    MetricsCallback,
+    RunContext,
+    SealCallback,
+    check_restored,
+)
 from pronghorn.training.checkpoint import Checkpoint
 from pronghorn.training.config import RunConfig
 from pronghorn.training.folder import RunFolder
@@ -89,7 +95,9 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         progress = start.progress()
         self._state.tokens, self._state.eval_due = progress["tokens"], progress["eval_due"]
         self._seal.last_sealed = self._progress.start = start.step
-        self._narrator.say(f"resuming from {start.path}, {self.total - start.step} of {self.total} steps to go")
+        self._narrator.say(
+            f"resuming from {start.path}, {self.total - start.step} of {self.total} steps to go"
+        )
         if start.step < self.total:
             self._trainer.train(resume_from_checkpoint=str(start.path))
         else:
@@ -100,7 +108,12 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         self._progress.close()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Prove what was restored, and do the evaluation that is due before the next step."""
         if self._start is not None:
@@ -114,6 +127,6 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         model = self._trainer.model
         model.load_adapter(str(start.path), model.active_adapter, is_trainable=True)
         check_restored(model, start.progress()["weights"], start.path)
-        self._trainer.state.global_step = start.step
+        self._trainer.state = TrainerState.load_from_json(str(start.path / "trainer_state.json"))
         if self._state.eval_due:
             self._trainer.evaluate()

@@ -1,4 +1,4 @@
-"""manifest.json: what a run was made from, so that it can be resumed only with the same and repeated later."""
+"""manifest.json: what a run was made from, so that it is resumed with the same and can be repeated."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def require_same_content(path: Path, now: dict[str, Any]) -> None:
 
 
 def changed_versions(path: Path) -> list[str]:
-    """Libraries whose version is not the one the run began with; a resumed run may then differ in its last bits."""
+    """Libraries whose version changed since the run began: a resumed run may differ in its last bits."""
     try:
         old = json.loads(path.read_text(encoding="utf-8")).get("versions", {})
     except (FileNotFoundError, ValueError):

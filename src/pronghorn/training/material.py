@@ -1,9 +1,9 @@
-"""What a run is made of: the loaded model with its adapter, the tokenised rows, and the manifest that names both."""
+"""What a run is made of: the model with its adapter, the tokenised rows, the manifest that names both."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,22 @@ from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
 from pronghorn.training.manifest import library_versions, trainable_tensors
+from pronghorn.training.progress import Narrator
+
+# of the data report, what a manifest keeps
+_DATA_FACTS = (
+    "data_hash",
+    "template_hash",
+    "format",
+    "sources",
+    "train_rows",
+    "eval_rows",
+    "bad",
+    "dropped",
+    "truncated",
+    "tokens",
+    "trained_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,7 @@ class Material:
         save_adapter(self.model, folder, tokenizer=self.tokenizer)
 
 
-def gather(config: RunConfig, say: Callable[[str], None]) -> Material:
+def gather(config: RunConfig, narrator: Narrator) -> Material:
     """Load the model, attach the adapter, prepare the rows.
 
     Raises:
@@ -51,14 +67,16 @@ def gather(config: RunConfig, say: Callable[[str], None]) -> Material:
         max_seq_length=wanted.max_seq_length, dtype=wanted.dtype, trust_remote_code=wanted.trust_remote_code
     )
     with _no_bars():
-        model, tokenizer = load(source, options, say=say)
+        model, tokenizer = load(source, options, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = config.data.template.read_text(encoding="utf-8")
     prepared = prepare(config.data, tokenizer, _origin(model).max_seq_length)
-    say(str(prepared.report))
+    narrator.show(prepared.report)
     if not is_adapter:
-        model = attach_lora(model, config.lora, say=say)
-    return Material(model, tokenizer, prepared.train, prepared.eval, _manifest(config, model, prepared.report))
+        model = attach_lora(model, config.lora, say=narrator.say)
+    return Material(
+        model, tokenizer, prepared.train, prepared.eval, _manifest(config, model, prepared.report)
+    )
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
@@ -73,8 +91,12 @@ def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
             "fingerprint": origin.fingerprint,
         },
         "max_seq_length": origin.max_seq_length,
-        "data": {"data_hash": report.data_hash, "template_hash": report.template_hash},
-        "seeds": {"run": config.seed, "data": config.data.seed, "lora": config.lora.seed if config.lora else None},
+        "data": {name: getattr(report, name) for name in _DATA_FACTS},
+        "seeds": {
+            "run": config.seed,
+            "data": config.data.seed,
+            "lora": config.lora.seed if config.lora else None,
+        },
         "device": str(model.device),
         "versions": library_versions(),
         "trainable_parameters": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per step and per evaluation, continued on resume without a doubled or missing step."""
+"""metrics.jsonl: one line per step and evaluation, continued on resume with no step doubled or missing."""
 
 from __future__ import annotations
 

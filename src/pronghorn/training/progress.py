@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -22,6 +22,11 @@ class Narrator:
         """One line, shown at once."""
         if not self.quiet:
             print(line, flush=True)
+
+    def show(self, report: ConsoleRenderable) -> None:
+        """A report that draws itself."""
+        if not self.quiet:
+            Console(file=sys.stdout).print(report)
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -40,7 +45,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     ) -> None:
         """Open the bar, if there is a terminal to draw it on."""
         if self.options.progress == "auto" and sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=Console())
             self._task = self._bar.add_task("training", total=self.total, completed=self.start)
             self._bar.start()
@@ -64,8 +74,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         logs, step = logs or {}, state.global_step
         if "eval_loss" in logs:
             accuracy = logs["eval_mean_token_accuracy"]
-            self._print(f"step {step}/{self.total}  eval loss {logs['eval_loss']:.4f}  accuracy {accuracy:.3f}")
-        elif "loss" in logs and (step in (self.start + 1, self.total) or step % self.options.every_steps == 0):
+            self._print(
+                f"step {step}/{self.total}  eval loss {logs['eval_loss']:.4f}  accuracy {accuracy:.3f}"
+            )
+        elif "loss" in logs and (
+            step in (self.start + 1, self.total) or step % self.options.every_steps == 0
+        ):
             rate = f"lr {logs['learning_rate']:.2e}  grad norm {logs['grad_norm']:.3f}"
             self._print(f"step {step}/{self.total}  loss {logs['loss']:.4f}  {rate}")
 

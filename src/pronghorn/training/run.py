@@ -20,8 +20,8 @@ from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_fa
 from pronghorn.training.folder import RunFolder, write_json, write_whole
 from pronghorn.training.lock import RunLock
 from pronghorn.training.manifest import changed_versions, require_same_config, require_same_content
-from pronghorn.training.metrics import MetricsLog, read_metrics
 from pronghorn.training.material import Material, gather
+from pronghorn.training.metrics import MetricsLog, read_metrics
 from pronghorn.training.progress import Narrator
 from pronghorn.training.signals import StopSignals
 
@@ -30,9 +30,9 @@ from pronghorn.training.signals import StopSignals
 class RunResult:
     """A finished run.
 
-    ``losses`` has one value per optimizer step; ``eval`` is the last evaluation (``eval_loss`` in nats per token,
-    ``eval_token_accuracy``, ``eval_tokens``), None without an evaluation split; ``resumed_from`` the step of the
-    checkpoint this call went on from; ``was_finished`` whether there was nothing left to do.
+    ``losses`` has one value per optimizer step; ``eval`` is the last evaluation (``eval_loss`` in nats per
+    token, ``eval_token_accuracy``, ``eval_tokens``), None without an evaluation split; ``resumed_from`` the
+    step of the checkpoint this call went on from; ``was_finished`` whether there was nothing left to do.
     """
 
     folder: Path
@@ -89,7 +89,9 @@ def _settled(config: RunConfig, folder: RunFolder) -> RunConfig:
     try:
         old = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{folder.config} is not valid YAML: {error}", fix="choose another output.folder") from None
+        raise ConfigError(
+            f"{folder.config} is not valid YAML: {error}", fix="choose another output.folder"
+        ) from None
     if config.lora is None and isinstance(old, dict) and old.get("lora") is not None:
         config = with_lora_defaults(config, adapter=False)
     require_same_config(old, config, folder.root)
@@ -110,12 +112,16 @@ def _require_one_process() -> None:
 
 
 def _run(
-    config: RunConfig, folder: RunFolder, narrator: Narrator, stop: StopSignals, callbacks: Sequence[TrainerCallback]
+    config: RunConfig,
+    folder: RunFolder,
+    narrator: Narrator,
+    stop: StopSignals,
+    callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
     write_whole(folder.config, config.to_yaml())
     set_seed(config.seed)
     try:
-        material = gather(config, narrator.say)
+        material = gather(config, narrator)
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(config, 0, "loading") from error
@@ -178,7 +184,11 @@ def _result(folder: RunFolder, *, resumed_from: int | None = None, was_finished:
     rows = read_metrics(folder.metrics)
     losses = tuple(float(row["loss"]) for row in rows if "loss" in row)
     evaluations = [row for row in rows if "eval_loss" in row]
-    last = {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")} if evaluations else None
+    last = (
+        {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+        if evaluations
+        else None
+    )
     return RunResult(folder.root, folder.adapter, len(losses), losses, last, resumed_from, was_finished)
 
 

@@ -13,10 +13,10 @@ _WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """``with StopSignals() as stop:`` watches both signals in the main thread and restores the old handlers after.
+    """``with StopSignals() as stop:`` watches both signals in the main thread, then restores.
 
-    Before ``in_loop`` is set there is no step to finish, so the first signal raises Preempted where the program is.
-    In another thread nothing is installed (Python allows handlers in the main thread only) and nothing is watched.
+    Before ``in_loop`` is set there is no step to finish: the first signal raises Preempted where the program
+    is. In another thread nothing is watched, because Python allows handlers in the main thread only.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""The boundary to TRL: SFTTrainer through its public methods, for TRL 0.23 up to 1.16, and the arguments it gets.
+"""The boundary to TRL: SFTTrainer through its public methods, from TRL 0.23 to 1.16, and its arguments.
 
-What differs from plain SFTTrainer: a non-finite loss stops the run before the optimizer step, evaluation is one token
-mean over the split and leaves the random state alone, and no usage ping is sent.
+What differs from plain SFTTrainer: a non-finite loss stops the run before the optimizer step, evaluation is
+one token mean over the split and leaves the random state alone, and no usage ping is sent.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
         "packing": False,
-        "router_aux_loss_coef": 0.0,  # it is a mean per forward pass, so it would depend on how the batch is cut
+        "router_aux_loss_coef": 0.0,  # a mean per forward pass: it would depend on how the batch is cut
     }
     optional = {"logging_dir", "router_aux_loss_coef"}
     return SFTConfig(
@@ -145,7 +145,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
-        """TRL pings the hub once per trainer unless CI is set; runs of ours send nothing, and no global is touched."""
+        """TRL pings the hub once per trainer unless CI is set; ours sends nothing and touches no global."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: TRL writes one into the output folder at every checkpoint."""
@@ -178,7 +178,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and accuracy as token means over the whole split; stops between batches if the run has to stop.
+        """Loss and accuracy as token means over the whole split; a stop request ends it between batches.
 
         The random state is restored after: a run with and one without evaluation train on the same numbers.
         """
