@@ -29,7 +29,8 @@ _ALIASES = MappingProxyType(
         "ipython": "tool",
     }
 )
-_TEXT_FIELDS = ("reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_FIELDS = (*REASONING, "name", "tool_call_id")
 
 
 @dataclass(frozen=True)

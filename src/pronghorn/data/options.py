@@ -12,6 +12,7 @@ LossOn = Literal["assistant", "last_assistant", "all"]
 Rewritten = Literal["refuse", "last_turn", "split"]
 TooLong = Literal["truncate", "drop"]
 
+STOPPING_CHECKS = ("bos", "end_token", "masked", "serving")
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -52,19 +53,34 @@ class DataOptions(BaseModel):
     )
     rewritten: Rewritten = Field(
         default="refuse",
-        description="conversations whose earlier answers the template rewrites once others follow: refuse them, "
-        "train the last_turn only, or split them into one row per answer, each as it would be served",
+        description="conversations whose earlier answers the template rewrites once others follow: refuse "
+        "them, train the last_turn only, or split them into one row per answer, each as it would be served",
     )
     too_long: TooLong = Field(
         default="truncate", description="rows longer than the sequence limit: cut or drop them"
     )
     skip_bad: int = Field(default=0, ge=0, description="unusable rows to leave out before the run is refused")
-    cache: bool = Field(default=True, description="keep tokenised rows for the next run on the same data")
+    allow: tuple[str, ...] = Field(
+        default=(), description="failed checks that shall not stop the run, e.g. end_token, bos, masked"
+    )
+    isolate: bool = Field(
+        default=True, description="render the chat template in a process with limits on time and memory"
+    )
+    cache: bool = Field(default=True, description="use tokenised rows of an earlier run on the same data")
 
     @field_validator("train", "eval", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (str(value),) if isinstance(value, (str, Path)) else value
+
+    @field_validator("allow", mode="after")
+    @classmethod
+    def _known_checks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted({*value} - {*STOPPING_CHECKS}):
+            raise ValueError(
+                f"{', '.join(unknown)}: no check that stops a run; {', '.join(STOPPING_CHECKS)} do"
+            )
+        return value
 
     @field_validator("train", "eval", mode="after")
     @classmethod

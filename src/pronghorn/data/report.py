@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from pronghorn.data.rows import BadRow
 
@@ -14,11 +15,35 @@ SHOWN = 20  # rows named one by one; the rest is a count
 
 
 @dataclass(frozen=True)
-class DataReport:
-    """The account of the rows of one run, training and evaluation together unless a name says otherwise.
+class Places:
+    """How many rows, and the first 20 of them as ``file:number``."""
 
-    ``places`` name rows as ``file:number``; of each kind the first 20.
-    """
+    count: int
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = self.count - min(5, len(self.first))
+        shown = ", ".join(self.first[:5])
+        return f"{self.count} ({shown}{f' and {more} more' if more else ''})" if shown else str(self.count)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: ``meaning`` says what it is about when it fails, ``stops`` whether it then stops a run."""
+
+    name: str
+    passed: bool
+    stops: bool
+    meaning: str
+    rows: Places
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.meaning}{f': {self.rows}' if self.rows.count else ''}"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The account of the rows of one run, training and evaluation together unless a name says otherwise."""
 
     format: str
     sources: tuple[str, ...]
@@ -27,16 +52,16 @@ class DataReport:
     eval_rows: int
     bad: int
     bad_rows: tuple[BadRow, ...]
-    dropped: int
-    dropped_places: tuple[str, ...]
-    truncated: int
-    truncated_places: tuple[str, ...]
+    dropped: Places
+    truncated: Places
     truncated_tokens: int
-    rewritten: int
+    rewritten: Places
     max_length: int
     longest: int
+    histogram: tuple[tuple[int, int], ...]
     tokens: int
     trained_tokens: int
+    checks: tuple[Check, ...]
     data_hash: str
     template: str | None
     template_hash: str | None
@@ -47,6 +72,10 @@ class DataReport:
         """Trained tokens over all tokens."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
+    def failed(self, *, stops: bool) -> tuple[Check, ...]:
+        """Failed checks that stop a run, or those that only warn."""
+        return tuple(check for check in self.checks if not check.passed and check.stops == stops)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**asdict(self), "trained_share": self.trained_share}
@@ -55,18 +84,30 @@ class DataReport:
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
         """The report ``as_dict`` was made of."""
         known = {name: values[name] for name in cls.__dataclass_fields__}
-        tuples = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return cls(**{**known, **tuples, "bad_rows": tuple(BadRow(**row) for row in known["bad_rows"])})
+        for name in ("dropped", "truncated", "rewritten"):
+            known[name] = _places(known[name])
+        known["sources"] = tuple(known["sources"])
+        known["histogram"] = tuple((low, count) for low, count in known["histogram"])
+        known["bad_rows"] = tuple(BadRow(**row) for row in known["bad_rows"])
+        known["checks"] = tuple(
+            Check(**{**check, "rows": _places(check["rows"])}) for check in known["checks"]
+        )
+        return cls(**known)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title="Data", title_justify="left", show_header=False)
         for name, value in self._lines():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         yield table
+        for check in self.failed(stops=True):
+            yield Text(f"✗ {check}", style="bold red")
+        for check in self.failed(stops=False):
+            yield Text(f"! {check}", style="yellow")
 
     def _lines(self) -> list[tuple[str, str]]:
+        cached = ", tokenised before" if self.cached else ""
         lines = [
-            ("rows", f"{self.rows_read} read from {', '.join(self.sources)} ({self.format})"),
+            ("rows", f"{self.rows_read} read from {', '.join(self.sources)} ({self.format}{cached})"),
             ("used", f"{self.train_rows} to train, {self.eval_rows} to evaluate"),
             ("tokens", f"{self.tokens}, of which {self.trained_tokens} train ({self.trained_share:.1%})"),
             ("longest row", f"{self.longest} tokens (limit {self.max_length})"),
@@ -74,22 +115,17 @@ class DataReport:
         if self.template:
             lines.append(("chat template", f"{self.template} ({(self.template_hash or '')[:12]})"))
         if self.bad:
-            lines.append(("skipped as bad", f"{self.bad}: {'; '.join(map(str, self.bad_rows[:3]))} ..."))
-        if self.truncated:
-            places = _some(self.truncated_places, self.truncated)
-            lines.append(
-                ("cut to the limit", f"{self.truncated}, losing {self.truncated_tokens} tokens: {places}")
-            )
-        if self.dropped:
-            places = _some(self.dropped_places, self.dropped)
-            lines.append(("dropped, nothing left to train", f"{self.dropped}: {places}"))
-        if self.rewritten:
-            lines.append(
-                ("rewritten by the template", f"{self.rewritten} rows, each trained on its last answer only")
-            )
+            lines.append(("bad", f"{self.bad}: {'; '.join(map(str, self.bad_rows[:3]))}"))
+        if self.truncated.count:
+            lines.append(("cut to the limit", f"{self.truncated}, losing {self.truncated_tokens} tokens"))
+        if self.dropped.count:
+            lines.append(("dropped as too long", str(self.dropped)))
+        if self.rewritten.count:
+            lines.append(("template rewrites", f"{self.rewritten}, each trained on its last answer only"))
+        passed = sum(check.passed for check in self.checks)
+        lines.append(("checks", f"{passed} of {len(self.checks)} passed"))
         return lines
 
 
-def _some(places: tuple[str, ...], count: int) -> str:
-    shown = ", ".join(places[:5])
-    return shown if count <= 5 else f"{shown} and {count - 5} more"
+def _places(values: dict[str, Any]) -> Places:
+    return Places(values["count"], tuple(values["first"]))

@@ -1,18 +1,19 @@
 """Where in a rendered conversation the text that trains begins and ends.
 
 Found by rendering prefixes of the conversation and comparing, never by searching the text for markers: an
-answer starts where "all messages before it, plus the opening of an assistant turn" ends, and closes where "all
-messages up to it" ends. Both must be prefixes of the whole; a template that rewrites earlier turns fails that.
+answer starts where "all messages before it, plus the opening of an assistant turn" ends, and closes where
+"all messages up to it" ends. Both must be prefixes of the whole, which a template that rewrites turns fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pronghorn.data.formats import Chat, RowError
+from pronghorn.data.formats import REASONING, Chat, RowError
 from pronghorn.data.options import LossOn
-from pronghorn.data.templates import ChatTemplate, Prefix, RenderError
+from pronghorn.data.templates import Prefix, Renderer, RenderError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Located:
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    opening_differs: bool = False  # a server would open some answer otherwise than this text does
+    flags: tuple[str, ...] = ()  # names of ROW_CHECKS that the row fails
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def trained_messages(chat: Chat, loss_on: LossOn) -> list[int]:
 
 
 def locate(
-    template: ChatTemplate, chats: Sequence[Chat], loss_on: LossOn
+    template: Renderer, chats: Sequence[Chat], loss_on: LossOn
 ) -> list[Located | RewrittenTurn | RowError]:
     """Render each chat and find the text of its trained messages."""
     jobs = [_Job.of(chat, loss_on) for chat in chats]
@@ -93,40 +94,48 @@ class _Job:
             chosen = trained_messages(chat, loss_on)
         except RowError as error:
             return error
-        prefixes = [Prefix(chat.messages, chat.tools)]
+        prefixes = [Prefix(chat.messages, len(chat.messages), chat.tools)]
         whole = len(chosen) == len(chat.messages)
         if not whole:
             for index in chosen:
                 answer = chat.messages[index]["role"] == "assistant" and loss_on != "all"
-                prefixes.append(Prefix(chat.messages[:index], chat.tools, prompt=answer))
-                prefixes.append(Prefix(chat.messages[: index + 1], chat.tools))
+                prefixes.append(Prefix(chat.messages, index, chat.tools, prompt=answer))
+                prefixes.append(Prefix(chat.messages, index + 1, chat.tools))
         return cls(chat, chosen, prefixes, whole)
 
-    def compare(self, template: ChatTemplate, texts: list[str]) -> Located | RewrittenTurn | RowError:
+    def compare(self, template: Renderer, texts: list[str]) -> Located | RewrittenTurn | RowError:
         full = texts[0]
         if self.whole:
             return Located(full, ((0, len(full)),))
-        spans, differs = [], False
+        spans, flags = [], set[str]()
         for position, index in enumerate(self.chosen):
             opening, closing = texts[1 + 2 * position], texts[2 + 2 * position]
             if not full.startswith(closing):
                 return RewrittenTurn(full, index)
             start = len(opening)
             if not full.startswith(opening):
-                differs = True
+                flags.add("opening")
                 start = self._agreed_opening(template, index, opening, full)
                 if start < 0:
                     return RewrittenTurn(full, index)
             spans.append((start, len(closing)))
-        return Located(full, tuple(spans), differs)
+            if not _holds(closing[start:], self.chat.messages[index]):
+                flags.add("lost_text")
+        return Located(full, tuple(spans), tuple(sorted(flags)))
 
-    def _agreed_opening(self, template: ChatTemplate, index: int, opening: str, full: str) -> int:
+    def _agreed_opening(self, template: Renderer, index: int, opening: str, full: str) -> int:
         """Where the turn starts if a server's opening holds more than the text (an opened reasoning block).
 
         That is as far as both agree, which must lie behind all earlier messages; -1 if not.
         """
-        before = template.render([Prefix(self.chat.messages[:index], self.chat.tools)])[0]
+        before = template.render([Prefix(self.chat.messages, index, self.chat.tools)])[0]
         agreed = next((i for i, (a, b) in enumerate(zip(opening, full, strict=False)) if a != b), len(full))
         if isinstance(before, RenderError) or not full.startswith(before) or agreed < len(before):
             return -1
         return agreed
+
+
+def _holds(text: str, message: Mapping[str, Any]) -> bool:
+    """Whether the rendered turn holds all that the message says and thinks."""
+    parts = [message.get("content")] + [message.get(name) for name in REASONING]
+    return all(part.strip() in text for part in parts if part)

@@ -68,7 +68,7 @@ def cache_key(
     parts = [
         LAYOUT,
         data_hash,
-        options.model_dump(mode="json", exclude={"cache"}),
+        options.model_dump(mode="json", exclude={"cache", "isolate", "skip_bad", "allow"}),
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         tokenizer.special_tokens_map,
         template.hash if template else None,

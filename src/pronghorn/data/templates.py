@@ -8,7 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from pronghorn.errors import DataError
 
@@ -24,11 +26,20 @@ class RenderError:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first messages of a conversation, as a person or a server would render them."""
+    """The first ``end`` messages of a conversation; those of one conversation share ``messages``."""
 
     messages: Sequence[Mapping[str, Any]]
+    end: int
     tools: Sequence[Mapping[str, Any]] | None = None
     prompt: bool = False  # end with the opening of an assistant turn (add_generation_prompt)
+
+
+class Renderer(Protocol):
+    """Renders conversations, here or in another process."""
+
+    def render(self, prefixes: Sequence[Prefix]) -> list[str | RenderError]:
+        """Render each; those the template raises on become a ``RenderError``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,11 @@ class ChatTemplate:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
+    def plain(self) -> bool:
+        """Whether the tokenizer renders as transformers does, not by code of its own."""
+        return type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+
+    @property
     def has_generation_marks(self) -> bool:
         """Whether the template itself says which text the assistant writes."""
         return bool(_GENERATION_MARK.search(self.text))
@@ -59,17 +75,28 @@ class ChatTemplate:
         texts: list[str | RenderError] = [""] * len(prefixes)
         groups: dict[tuple[bool, int], list[int]] = {}
         for index, prefix in enumerate(prefixes):
-            groups.setdefault((prefix.prompt, id(prefix.tools) if prefix.tools else 0), []).append(index)
+            groups.setdefault((prefix.prompt, id(prefix.tools)), []).append(index)
         # One call for many conversations: half the time per conversation of one call each.
         for members in groups.values():
             for index, text in zip(members, self._render_alike([prefixes[i] for i in members]), strict=True):
                 texts[index] = text
         return texts
 
+    def ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[int]:
+        """Token ids as a server makes them: ``apply_chat_template(tokenize=True)``."""
+        text = None if self.own else self.text
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=text, tokenize=True, return_dict=False, **self.options
+            )
+        )
+
     def _render_alike(self, prefixes: list[Prefix]) -> list[str | RenderError]:
         first = prefixes[0]
         try:
-            return list(self._apply([p.messages for p in prefixes], first.tools, first.prompt))
+            return list(self._apply([p.messages[: p.end] for p in prefixes], first.tools, first.prompt))
         except (
             Exception
         ) as error:  # a template may raise anything; here it only means: find out which one did

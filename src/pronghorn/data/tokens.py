@@ -1,8 +1,8 @@
 """Samples to token ids and labels.
 
 Conversations are encoded as one text without added special tokens, so the ids are those of
-``apply_chat_template``. Labels are -100 where nothing is trained. A trained turn runs through the token that closes
-it; whitespace that the template writes behind that token does not train.
+``apply_chat_template``. Labels are -100 where nothing is trained. A trained turn runs through the token that
+closes it; whitespace that the template writes behind that token does not train.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from pronghorn.data.formats import Chat, Pair, RowError, Sample, Text
 from pronghorn.data.options import DataOptions
 from pronghorn.data.spans import Located, RewrittenTurn, locate, trained_messages
-from pronghorn.data.templates import ChatTemplate
+from pronghorn.data.templates import Renderer
 from pronghorn.errors import DataError
 
 IGNORE = -100
@@ -26,7 +26,7 @@ IGNORE = -100
 class EncodedRow:
     """Token ids and labels of equal length, cut to the limit; ``full_length`` is the length before cutting.
 
-    ``flags`` names what is doubtful about the row: ``end_token``, ``opening``, ``bos``, ``rewritten``.
+    ``flags`` names the checks of ``checks.ROW_CHECKS`` it fails, and ``rewritten``.
     """
 
     input_ids: list[int]
@@ -51,7 +51,7 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Any, template: ChatTemplate | None, options: DataOptions, max_length: int
+        self, tokenizer: Any, template: Renderer | None, options: DataOptions, max_length: int
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -78,7 +78,8 @@ class Encoder:
         return re.compile(rf"(?:{names or '(?!)'})(\s*)\Z")
 
     @cached_property
-    def _opens_special(self) -> re.Pattern[str]:
+    def _special(self) -> re.Pattern[str]:
+        """Any special token."""
         names = "|".join(re.escape(name) for name in sorted(self.special_texts, key=len, reverse=True))
         return re.compile(names or "(?!)")
 
@@ -158,14 +159,21 @@ class Encoder:
         found = locate(self.template, samples, self.options.loss_on)
         located = [item for item in found if isinstance(item, Located)]
         encoded = iter(self._located(located))
-        return [
-            next(encoded)
-            if isinstance(item, Located)
-            else self._rewritten(sample, item)
-            if isinstance(item, RewrittenTurn)
-            else item
-            for sample, item in zip(samples, found, strict=True)
-        ]
+        rows: list[list[EncodedRow] | RowError] = []
+        for chat, item in zip(samples, found, strict=True):
+            if isinstance(item, RowError):
+                rows.append(item)
+                continue
+            made = next(encoded) if isinstance(item, Located) else self._rewritten(chat, item)
+            rows.append(self._spells_special(chat, made))
+        return rows
+
+    def _spells_special(self, chat: Chat, rows: list[EncodedRow] | RowError) -> list[EncodedRow] | RowError:
+        if isinstance(rows, RowError):
+            return rows
+        if not any(self._special.search(message.get("content", "")) for message in chat.messages):
+            return rows
+        return [replace(row, flags=(*row.flags, "special_text")) for row in rows]
 
     def _located(self, located: list[Located]) -> list[list[EncodedRow] | RowError]:
         if not located:
@@ -179,15 +187,15 @@ class Encoder:
         ]
 
     def _mask(self, item: Located, ids: list[int], encoding: Any) -> EncodedRow:
-        runs, flags = [], ["opening"] if item.opening_differs else []
+        runs, flags = [], list(item.flags)
         for start, end in item.spans:
             end, closed = self._close_turn(item.text, start, end)
             first, last = _token_range(encoding, start, end)
             runs.append((first, last))
             if not closed and "end_token" not in flags:
                 flags.append("end_token")
-        if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id]:
-            flags.append("bos")
+        if self.leading_ids and ids[: len(self.leading_ids)] != self.leading_ids:
+            flags.append("no_bos")
         return self._cut(ids, runs, tuple(flags))
 
     def _close_turn(self, text: str, start: int, end: int) -> tuple[int, bool]:
@@ -197,7 +205,7 @@ class Encoder:
         """
         if closing := self._closing.search(text, max(start, end - 64), end):
             return closing.start(1), True
-        if following := self._opens_special.match(text, end):
+        if following := self._special.match(text, end):
             return following.end(), True
         return end, False
 
@@ -206,8 +214,8 @@ class Encoder:
             return RowError(
                 f"messages[{turn.index}]",
                 "the chat template writes this message differently once others follow it, so what would be "
-                "trained is not what would be served; set data.rewritten=split (one row per answer, each as served), "
-                "data.rewritten=last_turn, or data.loss_on=last_assistant",
+                "trained is not what would be served; set data.rewritten=split (one row per answer, each as "
+                "served), data.rewritten=last_turn, or data.loss_on=last_assistant",
             )
         chosen = trained_messages(chat, self.options.loss_on)
         parts = [
@@ -232,6 +240,8 @@ class Encoder:
         labels = [IGNORE] * len(ids)
         for first, last in runs:
             labels[first:last] = ids[first:last]
+        if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id]:
+            flags = (*flags, "bos")
         kept = self.max_length
         return EncodedRow(ids[:kept], labels[:kept], len(ids), flags)
 
