@@ -17,7 +17,6 @@ from pronghorn.adapters.save import bind_save
 from pronghorn.adapters.targets import Targets, resolve_targets
 from pronghorn.adapters.tied import Tied, settle
 from pronghorn.errors import AdapterError, NotSupportedError
-from pronghorn.memory import recompute
 
 _PEFT_FIELDS = frozenset(one.name for one in fields(LoraConfig))
 
@@ -66,15 +65,8 @@ def attach_lora(
     origin = origin_of(model)
     options, targets, tied = settle(model, options, resolve_targets(model, options))
     config = _peft_config(model, options, targets, tied)
-    recomputes = recompute.is_on(model)
-    if (
-        recomputes
-    ):  # PEFT would make the embedding's output need a gradient, which our form of recompute does not
-        recompute.disable(model)
     with _seeded(options.seed), peft_warnings():
         wrapped = get_peft_model(model, config)
-    if recomputes:
-        recompute.enable(wrapped)
     _name_base(wrapped, origin)
     bind_save(wrapped, tied=tied)
     if say is not None:

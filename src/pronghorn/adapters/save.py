@@ -114,8 +114,7 @@ def _save_pretrained(
         raise NotSupportedError(
             "push_to_hub=True: nothing is uploaded", fix="upload the folder with `hf upload`"
         )
-    for inherited in ("max_shard_size", "save_embedding_layers"):  # model.push_to_hub and trainers pass them
-        kwargs.pop(inherited, None)
+    kwargs.pop("max_shard_size", None)  # model.push_to_hub passes it; an adapter is one file
     if kwargs:
         raise AdapterError(f"save_pretrained knows no {', '.join(sorted(kwargs))}", fix="leave it out")
     if not is_main_process:

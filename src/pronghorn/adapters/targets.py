@@ -90,7 +90,7 @@ def resolve_targets(model: Any, options: LoraOptions) -> Targets:
 def _named(catalog: _Catalog, targets: str | Iterable[str]) -> Iterator[str]:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         for name, module in catalog.modules.items():
-            if not isinstance(module, nn.Embedding) and name != catalog.head:
+            if not isinstance(module, nn.Embedding) and name != catalog.head and not _is_router(module):
                 yield name
         yield from catalog.stacks
     elif isinstance(targets, str):
@@ -99,6 +99,14 @@ def _named(catalog: _Catalog, targets: str | Iterable[str]) -> Iterator[str]:
         asked = tuple(targets)
         for name in asked:
             yield from _one(catalog, name, asked)
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Some models make their router a subclass of Linear that returns several tensors; LoRA cannot sit on it."""
+    return isinstance(module, nn.Linear) and (
+        type(module).forward is not nn.Linear.forward
+        and type(module).__module__.startswith("transformers.models.")
+    )
 
 
 def _matching(catalog: _Catalog, pattern: str) -> list[str]:

@@ -11,7 +11,7 @@ def is_on(model: Any) -> bool:
 
 
 def enable(model: Any) -> None:
-    """Turn on stock recompute in its non-reentrant form, which needs no gradient at the embedding's output."""
+    """Turn on stock recompute in its non-reentrant form."""
     arguments = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.23 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)

@@ -40,14 +40,14 @@ def resolve(
     """
     text = os.fspath(name_or_path)
     local = Path(text).expanduser()
-    if local.is_dir():
+    if text and local.is_dir():
         if revision is not None:
             raise SourceError(
                 f"{text} is a local folder, which has no revision {revision!r}",
                 fix="leave revision out, or rename the folder if the hub model is meant",
             )
         return inspect(local.absolute(), name=text, trust_remote_code=trust_remote_code)
-    if local.exists():
+    if text and local.exists():
         raise SourceError(
             f"{text} is a file, not a model folder", fix="pass the folder that holds config.json"
         )
