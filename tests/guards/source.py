@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "pronghorn"
+COMPUTED = "?"  # target of an import whose name is computed
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Module:
                 yield from (Import(f"{origin}.{alias.name}", node.lineno) for alias in node.names)
             elif isinstance(node, ast.Call) and _called(node) in {"import_module", "__import__"}:
                 first = node.args[0]
-                yield Import(str(first.value) if isinstance(first, ast.Constant) else "?", node.lineno)
+                yield Import(str(first.value) if isinstance(first, ast.Constant) else COMPUTED, node.lineno)
 
     def _origin(self, node: ast.ImportFrom) -> str:
         if not node.level:
