@@ -75,6 +75,7 @@ def resolve_targets(model: Any, options: LoraOptions) -> Targets:
     found += list(_parameters(model, options.target_parameters))
     kept = _in_layers(model, dict.fromkeys(found), options)
     saved = options.modules_to_save
+    _check_saved(model, saved)
     kept = [
         name for name in kept if not any(re.match(rf"(^|.*\.){re.escape(s)}($|\..*)", name) for s in saved)
     ]
@@ -85,6 +86,17 @@ def resolve_targets(model: Any, options: LoraOptions) -> Targets:
         )
     modules = tuple(name for name in kept if name in catalog.modules)
     return Targets(modules, tuple(name for name in kept if name not in catalog.modules))
+
+
+def _check_saved(model: Any, saved: Iterable[str]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in saved:
+        if not any(name == wanted or name.endswith("." + wanted) for name in names):
+            close = get_close_matches(wanted, sorted({name.rpartition(".")[2] for name in names}), n=3, cutoff=0.5)
+            raise AdapterError(
+                f"modules_to_save names {wanted!r}, but this model has no such module",
+                fix=f"did you mean {' or '.join(close)}?" if close else "list the model's named_modules()",
+            )
 
 
 def _named(catalog: _Catalog, targets: str | Iterable[str]) -> Iterator[str]:
