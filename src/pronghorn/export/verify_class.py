@@ -48,7 +48,7 @@ def class_agrees(folder: Path) -> Row:
         for key in sorted(info[kind], key=str)
     ]
     problems += [str(message) for message in info.get("error_msgs", ())]
-    return verdict(name, problems, f"{found.__name__}: none missing, unexpected or of another shape")
+    return Row(name, *verdict(problems, f"{found.__name__}: none missing, unexpected or of another shape"))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ class Gap:
 class Truth:
     """What base + adapter computes: greedy answers, and logits over prompts and answers.
 
-    ``rounded``: logits of the reference, PEFT's merge rounded to the stored dtype. ``signal``: distance of the
-    truth to the base's logits; ``kept``: of the reference to them; ``reference``: of the reference to the truth.
+    ``rounded``: logits of the reference, PEFT's merge rounded to the stored dtype. ``signal``: distance of
+    the truth to the base's logits; ``kept``: of the reference to them; ``reference``: of both to each other.
     """
 
     answers: tuple[Answer, ...]
@@ -108,9 +108,8 @@ def _runs(view: Folder) -> Row:
     batches = verify_model.prompts(view, _tokenizer(view.path))
     answers = [verify_model.answer(model, batch, verify_model.end_ids(view, view)) for batch in batches]
     finite = all(bool(torch.isfinite(verify_model.logits(model, a.ids)).all()) for a in answers)
-    return verdict(
-        RUNS, [] if finite else ["logits are not finite"], "compared with nothing: no --against was given"
-    )
+    problems = [] if finite else ["logits are not finite"]
+    return Row(RUNS, *verdict(problems, "compared with nothing: no --against was given"))
 
 
 def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
@@ -118,7 +117,7 @@ def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
     if not view.is_adapter:
         yield class_agrees(view.path)
         yield _weights_row(compare_weights(view, base, adapter))
-    home = adapter if (adapter / "tokenizer_config.json").is_file() else base.path
+    home = _tokenizer_home(adapter, base.path)
     if "tokenizer_config.json" in view.names or not view.is_adapter:
         yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, home))
     if (short := _too_large(base)) is not None:
@@ -138,7 +137,7 @@ def _truth(view: Folder, adapter: Path, base: Folder, home: Folder) -> tuple[Row
     """Load base + adapter once: answers, logits, the base's logits, then merge in place for the reference."""
     wrapped = verify_model.load_with_adapter(base.path, adapter)
     problems = verify_model.unused_adapter_tensors(wrapped, adapter)
-    keys = verdict(ADAPTER_KEYS, problems, "all")
+    keys = Row(ADAPTER_KEYS, *verdict(problems, "all"))
     ends = verify_model.end_ids(base, home)
     batches = verify_model.prompts(base, _tokenizer(home.path))
     answers = tuple(verify_model.answer(wrapped, batch, ends) for batch in batches)
@@ -176,7 +175,8 @@ def logits_row(gap: Gap, truth: Truth) -> Row:
     told = f"max error {gap.largest:.3g} (tolerance {limit.largest:.3g}), "
     told += f"rms {gap.rms:.3g} (tolerance {limit.rms:.3g})"
     right = gap.largest <= limit.largest and gap.rms <= limit.rms
-    if not right and truth.signal.rms and abs(gap.rms / truth.signal.rms - 1) < 0.05:
+    pairs = ((gap.largest, truth.signal.largest), (gap.rms, truth.signal.rms))
+    if not right and all(abs(ours - base) <= 1e-3 * base for ours, base in pairs):
         told += f": it is as far from base + adapter as the base itself ({truth.signal.rms:.3g})"
     return Row(LOGITS, right, told)
 
@@ -208,7 +208,7 @@ def greedy_row(truth: Truth, answers: list[Answer]) -> Row:
     problems, ties, tokens, stops = [], 0, 0, 0
     for number, (right, ours) in enumerate(zip(truth.answers, answers, strict=True)):
         for row in range(right.ids.shape[0]):
-            want, have = (a.ids[row, a.prompt_tokens :] for a in (right, ours))
+            want, have = right.said(row), ours.said(row)
             shared = min(len(want), len(have))
             parted = (want[:shared] != have[:shared]).nonzero()
             tokens += len(want)
@@ -230,7 +230,7 @@ def greedy_row(truth: Truth, answers: list[Answer]) -> Row:
             )
     said = f"{tokens} tokens, {stops} prompts ended early"
     said += f"; {ties} answers part at a near tie (closer than twice the tolerance)" if ties else ""
-    return verdict(GREEDY, problems, said)
+    return Row(GREEDY, *verdict(problems, said))
 
 
 def distance(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> Gap:
@@ -246,8 +246,14 @@ def distance(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> 
 
 def _weights_row(weights: Comparison) -> Row:
     if weights.problems:
-        return verdict(WEIGHTS, weights.problems, "")
+        return Row(WEIGHTS, *verdict(weights.problems, ""))
     return Row(WEIGHTS, True, weights.told)
+
+
+def _tokenizer_home(adapter: Path, base: Path) -> Path:
+    """Where training's tokenizer is: with the adapter, one up where PEFT made a subfolder, or in the base."""
+    places = [adapter] if (adapter.parent / "config.json").is_file() else [adapter, adapter.parent]
+    return next((place for place in places if (place / "tokenizer_config.json").is_file()), base)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -266,9 +272,8 @@ def _tokenizer_row(folder: Path, trained_with: Path) -> Row:
     if not ours.chat_template:
         return Row(TOKENIZER, False, f"{trained_with} has a chat template, the folder has none")
     same = verify_model.chat_ids(ours) == verify_model.chat_ids(theirs)
-    return verdict(
-        TOKENIZER, [] if same else ["a chat becomes other token ids than in training"], f"{len(ours)} tokens"
-    )
+    problems = [] if same else ["a chat becomes other token ids than in training"]
+    return Row(TOKENIZER, *verdict(problems, f"{len(ours)} tokens"))
 
 
 def _attempt(name: str, check: Callable[[], Row]) -> Row:

@@ -110,19 +110,25 @@ def merge_and_round(wrapped: Any, folder: Folder) -> Any:
 class Answer:
     """Greedy continuation of a batch of prompts of one length.
 
-    ``ids``: [B, T + new] prompt and answer; ``margins``: [B, new] lead of the best token over the next.
+    ``ids``: [B, T + new] prompt, answer, and padding after its end; ``lengths``: tokens of each answer, its end
+    included; ``margins``: [B, new] lead of the best token over the next.
     """
 
     prompt_tokens: int
     ids: torch.Tensor
     margins: torch.Tensor
+    lengths: tuple[int, ...]
+
+    def said(self, row: int) -> torch.Tensor:
+        """The answer to one prompt: [new] token ids."""
+        return self.ids[row, self.prompt_tokens :][: self.lengths[row]]
 
 
 def prompts(folder: Folder, tokenizer: Any) -> list[torch.Tensor]:
     """Batches [B, T] of token ids: random ones over the whole vocabulary, and a rendered chat.
 
-    Without a chat template there is no chat. Placeholders for images and sound mean nothing without their data
-    and are left out.
+    Without a chat template there is no chat. Placeholders for images and sound are left out, for they mean
+    nothing without their data.
     """
     generator = torch.Generator().manual_seed(20)
     size = int(folder.text_config["vocab_size"])
@@ -171,7 +177,10 @@ def answer(model: Any, batch: torch.Tensor, ends: list[int]) -> Answer:
         return_dict_in_generate=True,
     )
     best = torch.stack([scores.topk(2, dim=-1).values for scores in made.scores], dim=1)
-    return Answer(batch.shape[1], made.sequences, best[..., 0] - best[..., 1])
+    new = made.sequences[:, batch.shape[1] :]
+    ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype)).int()
+    lengths = torch.where(ended.any(1), ended.argmax(1) + 1, new.shape[1])
+    return Answer(batch.shape[1], made.sequences, best[..., 0] - best[..., 1], tuple(lengths.tolist()))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Own arithmetic and own reading of the files; nothing is shared with the exporter
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -89,7 +89,7 @@ def _changes(folder: Folder, base: Folder, adapter: Path, result: Comparison) ->
     for stored, tensor in read_header(adapter / ADAPTER_WEIGHTS).items():
         lora, plain = _LORA.match(stored), _PLAIN.match(stored)
         part = f"{lora[1]}.weight" if lora else f"{plain[1]}.{plain[2]}" if plain else stored
-        name = names.get(tail(part))
+        name = names.get(tail(part)) or _renamed(part, names.values())
         if (
             name is None
             or config.get("use_dora")
@@ -106,6 +106,15 @@ def _changes(folder: Folder, base: Folder, adapter: Path, result: Comparison) ->
         else:
             change.replacement = tensor
     return changes
+
+
+def _renamed(part: str, names: Iterable[str]) -> str | None:
+    """The one tensor of that layer with that last name: Mixtral's files say block_sparse_moe, PEFT mlp."""
+    layer, leaf = re.search(r"layers\.\d+\.", part), re.search(r"[^.]+\.[^.]+$", part)
+    if layer is None or leaf is None or ".experts" in part:
+        return None
+    found = [name for name in names if layer[0] in name and name.endswith("." + leaf[0])]
+    return found[0] if len(found) == 1 else None
 
 
 def _scale(config: Mapping[str, Any], module: str) -> float:
