@@ -70,7 +70,7 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
         model, tokenizer = load(source, options, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = config.data.template.read_text(encoding="utf-8")
-    prepared = prepare(config.data, tokenizer, _origin(model).max_seq_length)
+    prepared = prepare(config.data, tokenizer, tokenizer.model_max_length)  # load() set it to what was asked
     narrator.show(prepared.report)
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
@@ -91,7 +91,7 @@ def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
             "fingerprint": origin.fingerprint,
         },
         "max_seq_length": origin.max_seq_length,
-        "data": {name: getattr(report, name) for name in _DATA_FACTS},
+        "data": {name: value for name, value in report.as_dict().items() if name in _DATA_FACTS},
         "seeds": {
             "run": config.seed,
             "data": config.data.seed,

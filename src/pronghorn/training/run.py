@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 
 from pronghorn.errors import ConfigError, MissingDependencyError, NotSupportedError, Preempted, PronghornError
-from pronghorn.training.checkpoint import Checkpoint, newest_valid
+from pronghorn.training.checkpoint import Checkpoint, newest_valid, rotate
 from pronghorn.training.config import RunConfig, load_config, parse_config, with_lora_defaults
 from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_failed
 from pronghorn.training.folder import RunFolder, write_json, write_whole
@@ -129,6 +129,7 @@ def _run(
     require_same_content(folder.manifest, material.manifest)
     start = newest_valid(folder.checkpoints, narrator.say)
     if start is not None:
+        rotate(folder.checkpoints, config.checkpoints.keep)  # the run may have been killed just before it
         changed = changed_versions(folder.manifest)
         if changed:
             narrator.say(f"libraries changed since the run began: {', '.join(changed)}")
