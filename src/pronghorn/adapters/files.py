@@ -148,7 +148,7 @@ def _refuse_options(path: Path, config: Mapping[str, Any]) -> None:
     if init not in _PLAIN_INIT:
         raise NotSupportedError(
             f"{path} says init_lora_weights={init!r}: {_CHANGES_BASE}",
-            fix="convert it with PEFT first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            fix="convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     for option, reason in _REFUSED.items():
         if config.get(option):
@@ -207,7 +207,7 @@ def _pair(path: Path, config: Mapping[str, Any], module: str, parts: Mapping[str
     a, b = (parts[key] for key in keys)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise AdapterError(
-            f"{path / ADAPTER_WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}, which do not multiply",
+            f"{path / ADAPTER_WEIGHTS}: A {list(a.shape)} and B {list(b.shape)} of {module} do not multiply",
             fix="only linear layers, embeddings and expert parameters can be merged; merge others with PEFT",
         )
     magnitude, bias = parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
@@ -296,7 +296,7 @@ def _token_rows(path: Path, config: Mapping[str, Any], parameter: str, entry: Te
         or not all(isinstance(index, int) and index >= 0 for index in listed)
     ):
         raise AdapterError(
-            f"{path / ADAPTER_CONFIG} does not give one token index for each row of {module} {list(entry.shape)}",
+            f"{path / ADAPTER_CONFIG} does not give a token index for each trained row of {module}",
             fix="restore the adapter_config.json that was saved with these weights",
         )
     return TokenRows(parameter, tuple(listed), entry)

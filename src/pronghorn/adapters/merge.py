@@ -46,8 +46,8 @@ class FactorCache:
 class Update:
     """A ``LoraPair`` applied to one file tensor (seen as a matrix ``[rows, columns]``).
 
-    ``transposed``: the weight is stored [in, out]. A stacked pair updates ``experts`` experts; the tensor holds
-    ``expert`` alone, or all of them one below the other where it is None. ``offset`` is the tensor's first
+    ``transposed``: the weight is stored [in, out]. A stacked pair updates ``experts`` experts; the tensor is
+    that of ``expert``, or holds all of them one below the other where that is None. ``offset`` is the tensor's first
     output row within the pair's outputs (gate and up share one pair).
     """
 
@@ -89,15 +89,15 @@ class Update:
 def merge_rows(
     weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``weight + delta`` in float32 ``[rows, columns]``; with DoRA scaled to the norms in ``magnitude`` ``[rows]``.
+    """``weight + delta`` in float32 ``[rows, columns]``; with DoRA, rows scaled to norms ``magnitude``.
 
     The float32 ``delta`` is consumed. Source of the DoRA formula: arXiv 2402.09353, equation 5.
     """
     merged = delta.add_(weight.float()) if delta.is_contiguous() else delta + weight.float()
     if magnitude is None:
         return merged
-    factor = magnitude.float() / torch.linalg.norm(merged, dim=1)
-    return factor.view(-1, 1) * merged
+    norm: torch.Tensor = torch.linalg.norm(merged, dim=1)
+    return (magnitude.float() / norm).view(-1, 1) * merged
 
 
 def tiles(rows: int, columns: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The files of an exported folder: which of the base's are copied, whether they fit, and where they may go."""
+"""The files of an exported folder: which of the base's are copied, do they fit, where may they go."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPARE_BYTES = 16 * 2**20
 
 
 def small_files(base: Path) -> tuple[list[Path], list[Path]]:
-    """Files of the base beside its weights, relative to it: those that are copied, and those that are left out."""
+    """Files of the base beside its weights, relative to it: those that are copied, those left out."""
     copied: list[Path] = []
     left: list[Path] = []
     for root, folders, names in os.walk(base):

@@ -1,4 +1,4 @@
-"""Where every tensor of the merged model will lie: the base's shards again, header bytes and all where they can."""
+"""Where every tensor of the merged model will lie: the base's shards again, header bytes and all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class OutputShard:
 
 
 def lay_out(plan: MergePlan) -> tuple[OutputShard, ...]:
-    """The files of the merged model, in the base's order; the header is the base's own where no shape changes."""
+    """The files of the merged model, in the base's order; headers are the base's where no shape changes."""
     return tuple(_shard(plan, shard) for shard in plan.weights.shards)
 
 
@@ -62,7 +62,7 @@ def _shard(plan: MergePlan, shard: Shard) -> OutputShard:
 def _write_header(
     metadata: Mapping[str, str], entries: list[TensorEntry]
 ) -> tuple[bytes, tuple[TensorEntry, ...]]:
-    """A header for tensors in the given order, padded to 8 bytes as the format wants, and their new places."""
+    """A header for tensors in the given order, padded to 8 bytes as the format wants; their new places."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     placed = []

@@ -1,11 +1,12 @@
-"""Write the weights of a merged model, file to file: untouched bytes copied by the kernel, the rest on row tiles.
+"""Write the weights of a merged model, file to file: untouched bytes copied by the kernel, the rest on tiles.
 
-Two threads work on tiles and copies while a third puts finished files on the disk. Memory holds the tiles at hand
-and some factors of the adapter, whatever the size of the model.
+Two threads work on tiles and copies while a third puts finished files on the disk. Memory holds the tiles at
+hand and some factors of the adapter, whatever the size of the model.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import torch
 
 from pronghorn.adapters.merge import FactorCache, merge_rows, tiles
@@ -27,6 +30,9 @@ WORKERS = 2
 # a unit of work: short enough that both threads finish together, long enough that starting it costs nothing
 _JOB_TILES = 16
 _COPY_BYTES = 32 * 2**20
+_INTEGERS = MappingProxyType(
+    {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+)
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
@@ -74,7 +80,7 @@ def write_shards(
         for shard in shards:
             target = _create(folder / shard.name, shard)
             running.append((target, [workers.submit(job, target) for job in writer.jobs(shard)]))
-            # the next file is handed out before the last one is waited for, so that no thread is idle between files
+            # the next file is handed out before the last one is waited for: no thread is idle in between
             while len(running) > 1 or (running and shard is shards[-1]):
                 descriptor, futures = running[0]
                 for future in futures:
@@ -172,18 +178,27 @@ class _Merge:
         row_bytes = entry.nbytes // rows if rows else 0
         changed = 0
         for first, last in self.pieces:
-            merged = self._tile(first, last, columns).to(dtype)
-            changed += self._changed(merged, first, last)
-            data = merged.contiguous().view(torch.uint8).numpy().data.cast("B")
+            before = self._base_rows(first, last)
+            merged = self._tile(before, first, last, columns).to(dtype).contiguous()
+            changed += merged.numel() - _same_bits(before, merged[: len(before)])
+            data = merged.view(torch.uint8).numpy().data.cast("B")
             write_all(target, data, entry.start + first * row_bytes)
         count = self.pieces[-1][1] - self.pieces[0][0]
         self.writer.counts.add(entry.name, count * columns, changed)
         return count * row_bytes
 
-    def _tile(self, first: int, last: int, columns: int) -> torch.Tensor:
-        """Rows of the merged tensor in float32: ``[last - first, columns]``."""
+    def _base_rows(self, first: int, last: int) -> torch.Tensor:
+        """The base's rows; fewer (or none) where the vocabulary was resized beyond them."""
+        shard, entry = self.tensor.base
+        flat = _flat(entry)
+        return read_rows(shard, flat, min(first, flat.shape[0]), min(last, flat.shape[0]))
+
+    def _tile(self, before: torch.Tensor, first: int, last: int, columns: int) -> torch.Tensor:
+        """Rows of the merged tensor in float32 (or as they are stored): ``[last - first, columns]``."""
         change, cache = self.change, self.writer.cache
-        weight = self._source_rows(first, last)
+        weight = before
+        if change.source is not None:
+            weight = read_rows(cache.shard, _flat(change.source), first, last)
         if change.update is not None:
             delta = change.update.delta(cache, first, last, columns)
             magnitude = change.update.pair.magnitude
@@ -200,20 +215,11 @@ class _Merge:
                     weight[index - first] = values[row]
         return weight
 
-    def _source_rows(self, first: int, last: int) -> torch.Tensor:
-        if self.change.source is not None:
-            return read_rows(self.writer.cache.shard, _flat(self.change.source), first, last)
-        shard, entry = self.tensor.base
-        return read_rows(shard, _flat(entry), first, last)
 
-    def _changed(self, merged: torch.Tensor, first: int, last: int) -> int:
-        """Elements that differ from the base's; rows that the base does not have count as changed."""
-        shard, entry = self.tensor.base
-        flat = _flat(entry)
-        known = max(0, min(last, flat.shape[0]) - first)
-        before = read_rows(shard, flat, first, first + known)
-        same = int((before == merged[:known]).sum())
-        return merged.numel() - same
+def _same_bits(one: torch.Tensor, two: torch.Tensor) -> int:
+    """Equal elements, compared as integers by numpy: 0.1 ns each, torch takes 0.7 to 1 on one thread."""
+    integer = _INTEGERS[one.dtype]
+    return one.numel() - int(np.count_nonzero(one.view(integer).numpy() != two.view(integer).numpy()))
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -229,13 +235,13 @@ def zero_updates(adapter: Shard) -> tuple[set[str], list[str]]:
     """Names of the adapter's tensors that are all zero, and of those that hold a NaN or an infinity."""
     zero, broken = set(), []
     for name, entry in adapter.tensors.items():
-        flat, some, finite = _flat(entry), False, True
+        flat, largest = _flat(entry), 0.0
         for first, last in tiles(*flat.shape):
-            tile = read_rows(adapter, flat, first, last)
-            finite = finite and bool(torch.isfinite(tile).all())
-            some = some or bool(tile.any())
-        if not finite:
+            # one pass; min and max carry a NaN along
+            low, high = torch.aminmax(read_rows(adapter, flat, first, last))
+            largest = max(largest, -float(low), float(high)) if math.isfinite(low + high) else math.inf
+        if math.isinf(largest):
             broken.append(name)
-        elif not some:
+        elif largest == 0:
             zero.add(name)
     return zero, broken

@@ -20,7 +20,7 @@ from pronghorn.weights.shards import TensorEntry
 
 # dtypes that W + s*B*A can be rounded to; anything else is a quantised weight
 MERGEABLE = frozenset({"F16", "BF16", "F32"})
-# first PEFT release whose stacked expert updates follow [experts, out, in]; before, A was sized by the second dim
+# first PEFT release whose stacked updates follow [experts, out, in]; before, A had the second dimension
 _PEFT_SWAPS_EXPERTS = (0, 19)
 _CONV1D_LEAVES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 _OTHER_BASE = "give the base the adapter was trained on (base=PATH)"
@@ -28,7 +28,7 @@ _OTHER_BASE = "give the base the adapter was trained on (base=PATH)"
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one tensor of the base: ``source`` replaces it, ``update`` is added, ``tokens`` set rows.
+    """What happens to a tensor of the base: ``source`` replaces it, ``update`` is added, ``tokens`` set rows.
 
     ``bias`` is LoRA's own bias, added after scaling. ``shape`` is the shape that is written.
     """
@@ -136,7 +136,7 @@ class _Builder:
     changes: dict[str, Change] = field(default_factory=dict)
 
     def save(self, name: str, entry: TensorEntry) -> None:
-        """A whole tensor of the adapter takes the place of the base's; only an embedding may change its rows."""
+        """A tensor of the adapter takes the place of the base's; only an embedding may change its rows."""
         target, shape = self._locate(name, entry.name)
         same_width = len(shape) == 2 and len(entry.shape) == 2 and shape[1] == entry.shape[1]
         vocabulary = any(name in pair for pair in keymap.TIED)
@@ -168,7 +168,7 @@ class _Builder:
             raise self._misfit(rows.entry.name, rows.entry.shape, target, existing.shape)
         if max(rows.indices) >= existing.shape[0]:
             raise ExportError(
-                f"{rows.entry.name} trains token {max(rows.indices)}, but {target} has {existing.shape[0]} rows",
+                f"{rows.entry.name} trains row {max(rows.indices)}, but {target} has {existing.shape[0]}",
                 fix="save the resized embedding with the adapter (save_embedding_layers=True)",
             )
         if existing.update or existing.tokens:
@@ -176,7 +176,7 @@ class _Builder:
         self.changes[target] = replace(existing, tokens=rows)
 
     def finish(self) -> Mapping[str, Change]:
-        """The changes, with a kept tied head written like the embedding, and an untied head at least copied."""
+        """The changes; a kept tied head is written like the embedding, an untied head at least copied."""
         tied = self.tied
         if tied and tied.untie and tied.head_file not in self.changes:
             shape = self._shape(tied.embedding_file)
@@ -185,9 +185,9 @@ class _Builder:
             self.changes[tied.head_file] = (
                 Change(source.shape, source) if source and with_pair else Change(shape)
             )
-        if tied and not tied.untie and tied.head_file in self.weights.tensors:
-            if tied.embedding_file in self.changes:
-                self.changes[tied.head_file] = self.changes[tied.embedding_file]
+        stored_twice = tied and not tied.untie and tied.head_file in self.weights.tensors
+        if tied and stored_twice and tied.embedding_file in self.changes:
+            self.changes[tied.head_file] = self.changes[tied.embedding_file]
         return self.changes
 
     def _shape(self, target: str) -> tuple[int, ...]:
@@ -201,7 +201,7 @@ class _Builder:
         target = keymap.find(name, self.weights.tensors)
         if target is None:
             raise ExportError(
-                f"the adapter tensor {key} belongs to {name}, but the base {self.weights.path} has no such tensor",
+                f"the adapter tensor {key} belongs to {name}, which the base {self.weights.path} lacks",
                 fix=_OTHER_BASE,
             )
         self._check_dtype(target)
@@ -211,7 +211,7 @@ class _Builder:
         dtype = self.weights.tensors[target][1].dtype
         if dtype not in MERGEABLE:
             raise ExportError(
-                f"{target} of the base is stored as {dtype}; only {', '.join(sorted(MERGEABLE))} can be changed",
+                f"{target} of the base is {dtype}; only {', '.join(sorted(MERGEABLE))} can be changed",
                 fix="use the 16-bit base",
             )
 
@@ -222,7 +222,7 @@ class _Builder:
 
     def _misfit(self, key: str, found: tuple[int, ...], target: str, shape: tuple[int, ...]) -> ExportError:
         return ExportError(
-            f"the adapter tensor {key} {list(found)} does not fit {target} {list(shape)} of {self.weights.path}",
+            f"adapter tensor {key} {list(found)} does not fit {target} {list(shape)} of {self.weights.path}",
             fix=_OTHER_BASE,
         )
 

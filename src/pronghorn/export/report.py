@@ -16,9 +16,10 @@ _NAMES = 3
 class ExportReport:
     """The result of ``export``.
 
-    ``changed_share`` is the share of elements that differ from the base's, of all elements in merged tensors (None
-    for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``left_out`` the base's files
-    that were not copied. ``verified`` is None where no check was asked for; otherwise ``checks`` are its rows.
+    ``changed_share`` is the share of elements that differ from the base's, of all elements in merged tensors
+    (None for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``left_out`` the
+    base's files that were not copied. ``verified`` is None where no check was asked for; otherwise ``checks``
+    are its rows.
     """
 
     folder: Path
@@ -43,26 +44,27 @@ def changed_share(counts: MergeCounts) -> float:
     return sum(count.changed for count in counts.tensors.values()) / total if total else 0.0
 
 
-def merge_warnings(counts: MergeCounts, zero: list[str]) -> tuple[str, ...]:
-    """Name updates that do nothing: B all zero, or smaller than rounding.
+def merge_warnings(counts: MergeCounts, updated: set[str], zero: list[str]) -> tuple[str, ...]:
+    """Name updates that do nothing: one factor all zero, or smaller than rounding.
 
     Args:
         counts: changed elements by file tensor.
+        updated: file tensors that get a low-rank update.
         zero: file tensors whose update is exactly zero.
     """
     found = []
     if zero:
-        found.append(f"B is all zero, so nothing was learned, for {_listed(sorted(zero))}")
+        found.append(f"B*A is all zero, so nothing was learned, for {_listed(sorted(zero))}")
     lost = {
         name: count.changed / count.elements
         for name, count in counts.tensors.items()
-        if name not in zero and count.elements and count.changed / count.elements < _LOST_SHARE
+        if name in updated and name not in zero and count.changed < _LOST_SHARE * count.elements
     }
     if lost:
         worst = min(lost.values())
         found.append(
-            f"lost in rounding: less than {_LOST_SHARE:.0%} of the elements changed (down to {worst:.1%}) in "
-            f"{_listed(sorted(lost, key=lost.__getitem__))}; the update is mostly smaller than the base's dtype can hold"
+            f"lost in rounding: under {_LOST_SHARE:.0%} of the elements changed (down to {worst:.1%}) in "
+            f"{_listed(sorted(lost, key=lost.__getitem__))}: smaller than the base's dtype can hold"
         )
     return tuple(found)
 

@@ -43,7 +43,7 @@ def export(
     Args:
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
-        format: "merged_16bit", the base with the adapter merged in, or "lora", the adapter with its tokenizer.
+        format: "merged_16bit", the base with the adapter merged in; "lora", the adapter and its tokenizer.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -138,6 +138,7 @@ def _merged(job: _Job) -> ExportReport:
     )
     copied, left = small_files(job.base.path)
     copied = [name for name in copied if str(name) not in edits.files]
+    updated = {name for name, change in plan.changes.items() if change.update and not change.tokens}
     needed = sum(shard.size for shard in shards) + sum(
         (job.base.path / name).stat().st_size for name in copied
     )
@@ -157,7 +158,7 @@ def _merged(job: _Job) -> ExportReport:
         tensors_copied=sum(len(shard.tensors) for shard in shards) - len(plan.changes),
         bytes_written=needed,
         changed_share=changed_share(counts),
-        warnings=merge_warnings(counts, zero),
+        warnings=merge_warnings(counts, updated, zero),
         changes=tuple(edits.listed),
         left_out=left_out(weights, left),
         seconds=0.0,
@@ -172,17 +173,15 @@ def _check_values(plan: MergePlan) -> list[str]:
     zero, broken = zero_updates(adapter.shard)
     if broken:
         raise ExportError(
-            f"{len(broken)} tensors of the adapter {adapter.path} hold NaN or infinity, the first is {broken[0]}",
+            f"{len(broken)} tensors of the adapter {adapter.path} hold NaN or infinity, first {broken[0]}",
             fix="export an earlier checkpoint",
         )
     return [
         name
         for name, change in plan.changes.items()
         if change.update is not None
-        and change.update.pair.b.name in zero
-        and change.source is None
-        and change.tokens is None
         and change.update.pair.magnitude is None
+        and not zero.isdisjoint((change.update.pair.a.name, change.update.pair.b.name))
     ]
 
 

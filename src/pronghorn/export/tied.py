@@ -1,7 +1,7 @@
 """Models that use one matrix for embedding and head: does the adapter keep them one, or must both be written?
 
-What PEFT computes decides: training the embedding alone leaves the head as it was, so the merged model needs two
-matrices; equal updates of both, and trained token rows (which PEFT ties itself), need one.
+What PEFT computes decides: training the embedding alone leaves the head as it was, so the merged model needs
+two matrices; equal updates of both, and trained token rows (which PEFT ties itself), need one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROWS = 4096
 class TiedPair:
     """Tied embedding and head, by their names in the model and in the files.
 
-    ``untie``: both are written. ``duplicates`` are the head's adapter tensors that only repeat the embedding's.
+    ``untie``: both are written. ``duplicates``: the head's adapter tensors that only repeat the embedding's.
     """
 
     embedding: str
@@ -52,7 +52,7 @@ class _Parts:
 
 
 def share(weights: WeightFolder, config: Mapping[str, Any], adapter: AdapterFolder) -> TiedPair | None:
-    """The tied pair that the adapter touches; None where the model ties nothing or the adapter leaves it alone.
+    """The tied pair that the adapter touches; None where nothing is tied or the adapter leaves it alone.
 
     Raises:
         ExportError: the adapter was trained with tied="keep", but its two updates differ.
@@ -68,7 +68,7 @@ def share(weights: WeightFolder, config: Mapping[str, Any], adapter: AdapterFold
         equal = bool(other.entries) and _equal(adapter.shard, mine, other)
         if wanted == "keep" and other.entries and not equal:
             raise ExportError(
-                f"the adapter was trained with tied='keep', but it updates {embedding} and {head} differently",
+                f"the adapter was trained with tied='keep', but updates {embedding} and {head} differently",
                 fix="train it again with tied='untie'",
             )
         only_tokens = mine.pair is None and mine.saved is None and not other.entries

@@ -1,7 +1,7 @@
 """Tokenizer, template and config files of a merged model: the base's own, with only what training changed.
 
-Saving a tokenizer rewrites its files in today's format even where nothing changed, so files are compared by what
-they mean, and the base's file is edited key by key. Every edit is listed.
+Saving a tokenizer rewrites its files in today's format even where nothing changed, so files are compared by
+what they mean, and the base's file is edited key by key. Every edit is listed.
 """
 
 from __future__ import annotations
