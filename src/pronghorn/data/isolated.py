@@ -1,7 +1,8 @@
 """Chat templates rendered in a process of their own, with limits on time and memory.
 
-A template is a program that came with a model. transformers' sandbox keeps it from the machine; it does not keep
-it from looping for ever or from filling the memory. ``python -m pronghorn.data.isolated`` is the other side.
+A template is a program that came with a model. transformers' sandbox keeps it from the machine; it does not
+keep it from looping for ever or from filling the memory.
+``python -m pronghorn.data.isolated`` is the other side.
 """
 
 from __future__ import annotations

@@ -40,8 +40,9 @@ class DataOptions(BaseModel):
     subset: str | None = Field(default=None, description="configuration of a hub dataset")
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub dataset")
 
-    template: Path | None = Field(
-        default=None, description="file with a Jinja chat template to use instead of the tokenizer's own"
+    template: str | None = Field(
+        default=None,
+        description="chat template instead of the tokenizer's own: a Jinja file, or a name like chatml",
     )
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="variables passed to the template, e.g. enable_thinking: false"

@@ -43,7 +43,7 @@ def prepare(options: DataOptions, tokenizer: Any, max_length: int) -> Prepared:
         max_length: tokens kept of each row.
 
     Raises:
-        DataError: rows cannot be used (more than ``options.skip_bad``), mix formats or fail a check that is not
+        DataError: rows cannot be used (more than ``options.skip_bad``), mix formats or fail a check not
             in ``options.allow``, or none is left.
     """
     prepared = examine(options, tokenizer, max_length)
@@ -155,12 +155,13 @@ def _refuse_empty(report: DataReport) -> None:
         return
     if report.dropped.count:
         raise DataError(
-            f"no row is left to train on: of {report.rows_read} rows, {report.dropped.count} keep no trained token "
-            f"within {report.max_length} tokens (the longest has {report.longest})",
+            f"no row is left to train on: of {report.rows_read} rows, {report.dropped.count} keep no trained "
+            f"token within {report.max_length} tokens (the longest has {report.longest})",
             fix="raise max_length, or shorten the prompts",
         )
     raise DataError(
-        f"no row to train on in {', '.join(report.sources)}", fix="give files with at least one usable row"
+        f"no row to train on in {', '.join(report.sources)}",
+        fix="give files with at least one usable row",
     )
 
 

@@ -7,6 +7,7 @@ answer starts where "all messages before it, plus the opening of an assistant tu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from pronghorn.data.formats import REASONING, Chat, RowError
 from pronghorn.data.options import LossOn
 from pronghorn.data.templates import Prefix, Renderer, RenderError
+
+LONGEST_SPECIAL = 64  # characters; the longest special tokens in use have about 30
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ def trained_messages(chat: Chat, loss_on: LossOn) -> list[int]:
 
 
 def locate(
-    template: Renderer, chats: Sequence[Chat], loss_on: LossOn
+    template: Renderer, chats: Sequence[Chat], loss_on: LossOn, special: re.Pattern[str]
 ) -> list[Located | RewrittenTurn | RowError]:
-    """Render each chat and find the text of its trained messages."""
-    jobs = [_Job.of(chat, loss_on) for chat in chats]
+    """Render each chat and find the text of its trained messages; ``special`` matches any special token."""
+    jobs = [_Job.of(chat, loss_on, special) for chat in chats]
     prefixes = [prefix for job in jobs if isinstance(job, _Job) for prefix in job.prefixes]
     texts = iter(template.render(prefixes))
     found: list[Located | RewrittenTurn | RowError] = []
@@ -87,9 +90,10 @@ class _Job:
     chosen: list[int]
     prefixes: list[Prefix]
     whole: bool
+    special: re.Pattern[str]
 
     @classmethod
-    def of(cls, chat: Chat, loss_on: LossOn) -> _Job | RowError:
+    def of(cls, chat: Chat, loss_on: LossOn, special: re.Pattern[str]) -> _Job | RowError:
         try:
             chosen = trained_messages(chat, loss_on)
         except RowError as error:
@@ -101,7 +105,7 @@ class _Job:
                 answer = chat.messages[index]["role"] == "assistant" and loss_on != "all"
                 prefixes.append(Prefix(chat.messages, index, chat.tools, prompt=answer))
                 prefixes.append(Prefix(chat.messages, index + 1, chat.tools))
-        return cls(chat, chosen, prefixes, whole)
+        return cls(chat, chosen, prefixes, whole, special)
 
     def compare(self, template: Renderer, texts: list[str]) -> Located | RewrittenTurn | RowError:
         full = texts[0]
@@ -110,7 +114,8 @@ class _Job:
         spans, flags = [], set[str]()
         for position, index in enumerate(self.chosen):
             opening, closing = texts[1 + 2 * position], texts[2 + 2 * position]
-            if not full.startswith(closing):
+            end = self._closing_end(closing, full)
+            if end < 0:
                 return RewrittenTurn(full, index)
             start = len(opening)
             if not full.startswith(opening):
@@ -118,10 +123,22 @@ class _Job:
                 start = self._agreed_opening(template, index, opening, full)
                 if start < 0:
                     return RewrittenTurn(full, index)
-            spans.append((start, len(closing)))
-            if not _holds(closing[start:], self.chat.messages[index]):
+            spans.append((start, end))
+            if not _holds(full[start:end], self.chat.messages[index]):
                 flags.add("lost_text")
         return Located(full, tuple(spans), tuple(sorted(flags)))
+
+    def _closing_end(self, closing: str, full: str) -> int:
+        """Where the turn that ends ``closing`` ends in ``full``; -1 if the template has rewritten it.
+
+        Some templates (Phi-3) end every conversation with one more special token, behind its last message.
+        """
+        if full.startswith(closing):
+            return len(closing)
+        agreed = _agreement(closing, full)
+        ends = [m.start() for m in self.special.finditer(closing, max(0, agreed - LONGEST_SPECIAL))]
+        fitting = [at for at in ends if at <= agreed and full.endswith(closing[at:])]
+        return fitting[-1] if fitting else -1
 
     def _agreed_opening(self, template: Renderer, index: int, opening: str, full: str) -> int:
         """Where the turn starts if a server's opening holds more than the text (an opened reasoning block).
@@ -129,10 +146,16 @@ class _Job:
         That is as far as both agree, which must lie behind all earlier messages; -1 if not.
         """
         before = template.render([Prefix(self.chat.messages, index, self.chat.tools)])[0]
-        agreed = next((i for i, (a, b) in enumerate(zip(opening, full, strict=False)) if a != b), len(full))
+        agreed = _agreement(opening, full)
         if isinstance(before, RenderError) or not full.startswith(before) or agreed < len(before):
             return -1
         return agreed
+
+
+def _agreement(one: str, other: str) -> int:
+    """Length of the longest common start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _holds(text: str, message: Mapping[str, Any]) -> bool:

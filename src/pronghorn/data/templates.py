@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pronghorn.errors import DataError
 
+_LIBRARY = resources.files("pronghorn.data") / "chat_templates"
+_SUFFIX = ".jinja"
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -117,25 +120,51 @@ class ChatTemplate:
         return rendered
 
 
-def choose_template(tokenizer: Any, file: Path | None, options: Mapping[str, Any]) -> ChatTemplate:
-    """The template in ``file``, else the tokenizer's own.
+def library() -> tuple[str, ...]:
+    """Names of the templates that come with pronghorn, for bases that have none."""
+    return tuple(
+        sorted(entry.name[: -len(_SUFFIX)] for entry in _LIBRARY.iterdir() if entry.name.endswith(_SUFFIX))
+    )
+
+
+def library_template(name: str) -> str:
+    """The text of a template of ``library()``.
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    if name not in library():
+        raise DataError(
+            f"{name}: no such chat template", fix=f"known are {', '.join(library())}, or give a file"
+        )
+    return (_LIBRARY / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
+
+
+def choose_template(tokenizer: Any, name: str | None, options: Mapping[str, Any]) -> ChatTemplate:
+    """The template of that name or file, else the tokenizer's own.
 
     Raises:
         DataError: the file cannot be read, or there is neither.
     """
-    if file is not None:
+    if name in library():
+        return ChatTemplate(tokenizer, library_template(str(name)), str(name), False, options)
+    if name is not None:
+        file = Path(name).expanduser()
         try:
-            text = file.expanduser().read_text(encoding="utf-8-sig")
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"chat template {file}: {error}", fix="check data.template") from error
+            known = ", ".join(library())
+            raise DataError(
+                f"chat template {file}: {error}", fix=f"give data.template a file, or one of {known}"
+            ) from error
         if not text.strip():
             raise DataError(f"chat template {file}: the file is empty", fix="check data.template")
         return ChatTemplate(tokenizer, text, str(file), False, options)
     if not tokenizer.chat_template:
         raise DataError(
             "these rows are conversations, and the tokenizer has no chat template to write them with",
-            fix="give one with data.template=FILE, or use a base with a template (usually named Instruct or "
-            "Chat), or rows with prompt and completion",
+            fix=f"set data.template to a file or to one of {', '.join(library())}; or use a base that has a "
+            "template (usually named Instruct or Chat); or give rows with prompt and completion",
         )
     text = tokenizer.chat_template
     if isinstance(text, dict):

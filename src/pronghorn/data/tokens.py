@@ -15,7 +15,7 @@ from typing import Any
 
 from pronghorn.data.formats import Chat, Pair, RowError, Sample, Text
 from pronghorn.data.options import DataOptions
-from pronghorn.data.spans import Located, RewrittenTurn, locate, trained_messages
+from pronghorn.data.spans import LONGEST_SPECIAL, Located, RewrittenTurn, locate, trained_messages
 from pronghorn.data.templates import Renderer
 from pronghorn.errors import DataError
 
@@ -156,7 +156,7 @@ class Encoder:
     def _chats(self, samples: Sequence[Any]) -> list[list[EncodedRow] | RowError]:
         if self.template is None:
             raise DataError("conversations need a chat template", fix="give one with data.template=FILE")
-        found = locate(self.template, samples, self.options.loss_on)
+        found = locate(self.template, samples, self.options.loss_on, self._special)
         located = [item for item in found if isinstance(item, Located)]
         encoded = iter(self._located(located))
         rows: list[list[EncodedRow] | RowError] = []
@@ -203,7 +203,7 @@ class Encoder:
 
         Some templates (GLM) end a turn with the token that opens the next one; it is part of the answer then.
         """
-        if closing := self._closing.search(text, max(start, end - 64), end):
+        if closing := self._closing.search(text, max(start, end - LONGEST_SPECIAL), end):
             return closing.start(1), True
         if following := self._special.match(text, end):
             return following.end(), True
@@ -222,7 +222,7 @@ class Encoder:
             _until(chat, index) for index in (chosen if self.options.rewritten == "split" else chosen[-1:])
         ]
         assert self.template is not None
-        found = locate(self.template, parts, "last_assistant")
+        found = locate(self.template, parts, "last_assistant", self._special)
         for item in found:
             if isinstance(item, RowError):
                 return item
