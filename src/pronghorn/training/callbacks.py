@@ -1,9 +1,8 @@
-"""Our side of the loop: when to evaluate, save and stop; metrics; gradients that are not finite; sealing."""
+"""Our side of the loop: when to evaluate, save and stop; metrics; sealing."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pronghorn.training.checkpoint import rotate, seal
 from pronghorn.training.config import RunConfig
 from pronghorn.training.folder import RunFolder
 from pronghorn.training.metrics import MetricsLog, row_from_logs
-from pronghorn.training.trainer import LoopState, Schedule, non_finite
+from pronghorn.training.trainer import LoopState, Schedule, first_names
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes metrics.jsonl, and refuses gradients that are not finite."""
+    """Writes metrics.jsonl."""
 
     def __init__(self, context: RunContext, metrics: MetricsLog) -> None:
         self.context = context
@@ -78,23 +77,6 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Start the clock of the step."""
         self._began = time.monotonic()
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Stop before the optimizer takes a gradient that is NaN or infinite, and name the tensors."""
-        gradients = {
-            name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None
-        }
-        norm = float(torch.nn.utils.get_total_norm(gradients.values()))
-        if not math.isfinite(norm):
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-            raise non_finite("gradient norm", norm, state.global_step + 1, _first_names(bad))
 
     def on_log(
         self,
@@ -109,9 +91,6 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         if row is None:
             return
         if "loss" in row:
-            # finite gradients whose norm overflows are scaled to zero: the weights are good, training is over
-            if not math.isfinite(row.get("grad_norm", 0.0)):
-                raise non_finite("gradient norm", row["grad_norm"], state.global_step)
             row["tokens"] = self.context.loop.tokens
             row["seconds"] = round(time.monotonic() - self._began, 4)
         self.metrics.append(row)
@@ -169,10 +148,6 @@ def check_restored(model: Any, sealed: dict[str, str], checkpoint: Path) -> None
     if different:
         raise TrainingError(
             f"{checkpoint} was not restored exactly: {len(different)} trained tensors differ"
-            f"{_first_names(different)}",
+            f"{first_names(different)}",
             fix="go on with the library versions in manifest.json, or start a new run folder",
         )
-
-
-def _first_names(names: list[str]) -> str:
-    return f", in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""

@@ -24,6 +24,7 @@ from pronghorn.training.material import Material, gather
 from pronghorn.training.metrics import MetricsLog, read_metrics
 from pronghorn.training.progress import Narrator
 from pronghorn.training.signals import StopSignals
+from pronghorn.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def _run(
     stop: StopSignals,
     callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
+    check_trackers(config.logging.report_to)
     write_whole(folder.config, config.to_yaml())
     set_seed(config.seed)
     try:

@@ -156,14 +156,23 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """Forward and backward of one micro-batch.
 
         Raises:
-            NonFiniteLossError: before the optimizer could take the step.
+            NonFiniteLossError: the loss or a gradient is NaN or infinite; the optimizer has not taken the step.
         """
         self.loop.phase = "training"
         self.loop.tokens += int(inputs["attention_mask"].sum())
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise non_finite("loss", loss.item(), self.state.global_step + 1)
+        self._require_finite_gradients()
         return loss
+
+    def _require_finite_gradients(self) -> None:
+        """Before clipping: it would spread one NaN over all tensors, and scale an overflowed norm to zeros."""
+        gradients = {name: tensor.grad for name, tensor in self.model.named_parameters() if tensor.grad is not None}
+        norm = float(torch.nn.utils.get_total_norm(gradients.values()))
+        if not math.isfinite(norm):
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            raise non_finite("gradient norm", norm, self.state.global_step + 1, first_names(bad))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter of a checkpoint; from here until on_save, an error means that saving failed."""
@@ -207,3 +216,8 @@ def non_finite(what: str, value: float, step: int, where: str = "") -> NonFinite
         fix="lower training.learning_rate, look at the rows of that step, or set training.precision to fp32; "
         "the last checkpoint is from before it",
     )
+
+
+def first_names(names: list[str]) -> str:
+    """The end of a sentence that names up to three tensors; empty for none."""
+    return f", in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
