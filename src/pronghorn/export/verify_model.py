@@ -110,8 +110,8 @@ def merge_and_round(wrapped: Any, folder: Folder) -> Any:
 class Answer:
     """Greedy continuation of a batch of prompts of one length.
 
-    ``ids``: [B, T + new] prompt, answer, and padding after its end; ``lengths``: tokens of each answer, its end
-    included; ``margins``: [B, new] lead of the best token over the next.
+    ``ids``: [B, T + new] prompt, answer, and padding after its end; ``lengths``: tokens of each answer,
+    its end included; ``margins``: [B, new] lead of the best token over the next.
     """
 
     prompt_tokens: int
