@@ -357,8 +357,8 @@ def _save_pretrained_merged(
             "a merge is made from the files, where they are unchanged",
             fix="undo the change (unmerge_adapter() after merge_adapter()), or save the adapter alone",
         )
-    from pronghorn.export.run import ExportOptions, export
+    from pronghorn.export.run import export
 
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
-        return export(adapter, Path(save_directory), ExportOptions(overwrite=overwrite))
+        return export(adapter, save_directory, format=save_method, overwrite=overwrite)
