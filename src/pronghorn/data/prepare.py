@@ -16,11 +16,11 @@ from pronghorn.data.isolated import IsolatedTemplate
 from pronghorn.data.layout import find_layout, find_template
 from pronghorn.data.options import DataOptions
 from pronghorn.data.report import DataReport
-from pronghorn.data.rows import open_source
+from pronghorn.data.rows import Source, open_source
 from pronghorn.data.store import cache_key, cache_root, content_hash, keep, new_folder
 from pronghorn.data.tally import PartTally
 from pronghorn.data.templates import Renderer
-from pronghorn.data.tokens import Encoder
+from pronghorn.data.tokens import Encoder, check_tokenizer
 from pronghorn.data.work import Work
 from pronghorn.errors import DataError
 
@@ -55,6 +55,14 @@ def examine(options: DataOptions, tokenizer: Any, max_length: int) -> Prepared:
     """Like ``prepare``, for looking: bad rows and failed checks are in the report and stop nothing."""
     train = [open_source(name, options) for name in options.train]
     held = [open_source(name, options) for name in options.eval]
+    return examine_sources(train, held, options, tokenizer, max_length)
+
+
+def examine_sources(
+    train: list[Source], held: list[Source], options: DataOptions, tokenizer: Any, max_length: int
+) -> Prepared:
+    """``examine`` for rows that are already open; ``options.train`` and ``options.eval`` only name them."""
+    check_tokenizer(tokenizer)
     layout = find_layout([*train, *held], options)
     template = find_template(layout, [*train, *held], tokenizer, options)
     data_hash = content_hash([*train, *held])

@@ -6,8 +6,9 @@ Nothing here knows what a row means; a row that cannot even be read is a ``BadRo
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -52,11 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """One place rows come from. ``files`` are what its content hash covers."""
+    """One place rows come from. Its content is that of ``files``, and ``stamp`` says what they do not."""
 
     name: str
     files: tuple[Path, ...]
     read: Callable[[], Iterator[Row | BadRow]]
+    stamp: str = ""
 
 
 def open_source(name: str, options: DataOptions) -> Source:
@@ -247,7 +249,19 @@ def from_dataset(dataset: Any, name: str) -> Source:
                 number += 1
                 yield Row(name, number, without_nulls(value))
 
-    return Source(name, tuple(Path(entry["filename"]) for entry in dataset.cache_files), read)
+    files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
+    return Source(name, files, read, stamp=dataset._fingerprint)  # selections and maps are not in the files
+
+
+def from_rows(rows: Sequence[Mapping[str, Any]], name: str = "rows") -> Source:
+    """Rows that are in memory."""
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode())
+
+    def read() -> Iterator[Row | BadRow]:
+        for number, value in enumerate(rows, 1):
+            yield _object(value, name, number)
+
+    return Source(name, (), read, stamp=digest.hexdigest())
 
 
 def without_nulls(value: Any) -> Any:

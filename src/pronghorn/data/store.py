@@ -52,6 +52,7 @@ def content_hash(sources: Iterable[Source]) -> str:
     """sha256 over the bytes of every file the rows come from, in order."""
     total = hashlib.sha256()
     for source in sources:
+        total.update(source.stamp.encode())
         for path in source.files:
             with path.open("rb") as file:
                 digest = hashlib.sha256()

@@ -40,6 +40,19 @@ class EncodedRow:
         return len(self.labels) - self.labels.count(IGNORE)
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Masks need a tokenizer that knows which characters each token covers.
+
+    Raises:
+        DataError: it is a slow one, written in Python.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which text a token covers",
+            fix="load the tokenizer with use_fast=True, or convert it to tokenizer.json",
+        )
+
+
 class Encoder:
     """Encodes samples in batches with one tokenizer, one template and one limit.
 
@@ -53,11 +66,6 @@ class Encoder:
     def __init__(
         self, tokenizer: Any, template: Renderer | None, options: DataOptions, max_length: int
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise DataError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which text a token covers",
-                fix="load the tokenizer with use_fast=True, or convert it to tokenizer.json",
-            )
         self.tokenizer = tokenizer
         self.template = template
         self.options = options
@@ -242,6 +250,7 @@ class Encoder:
             labels[first:last] = ids[first:last]
         if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id]:
             flags = (*flags, "bos")
+        labels[:1] = [IGNORE] * len(labels[:1])  # nothing stands before the first token to predict it from
         kept = self.max_length
         return EncodedRow(ids[:kept], labels[:kept], len(ids), flags)
 

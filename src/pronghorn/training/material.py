@@ -14,6 +14,8 @@ from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.data.prepare import prepare
+from pronghorn.data.templates import choose_template
+from pronghorn.data.templates import choose_template
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.sources.resolve import resolve
@@ -69,7 +71,7 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     with _no_bars():
         model, tokenizer = load(source, options, say=narrator.say)
     if config.data.template is not None:
-        tokenizer.chat_template = config.data.template.read_text(encoding="utf-8")
+        tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
     prepared = prepare(config.data, tokenizer, tokenizer.model_max_length)  # load() set it to what was asked
     narrator.show(prepared.report)
     if not is_adapter:
