@@ -2,9 +2,9 @@
 
     python benchmarks/merge.py [--gigabytes 2] [--rounds 3] [--folder DIR] [--no-results]
 
-Makes a random bf16 Llama-shaped base in several shards and a rank-16 adapter on all linear layers. Every way runs
-in a fresh process and is timed from reading its inputs to files on the disk (fsync); imports do not count. Writes
-benchmarks/results/merge.md and merge.json.
+Makes a random bf16 Llama-shaped base in several shards and a rank-16 adapter on all linear layers. Every way
+runs in a fresh process and is timed from reading its inputs to files on the disk (fsync); imports do not
+count. Writes benchmarks/results/merge.md and merge.json.
 """
 
 from __future__ import annotations
@@ -184,9 +184,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Merging an adapter into its base, on files",
         "",
-        f"A random Llama-shaped bf16 base of {result['base_bytes'] / 1e9:.2f} GB in {result['shards']} shards, "
-        f"LoRA rank {result['rank']} on all linear layers. Warm page cache, every run in a fresh process, until the "
-        f"files are on the disk; imports not counted; median of {result['rounds']} alternating rounds.",
+        f"A random Llama-shaped bf16 base of {result['base_bytes'] / 1e9:.2f} GB, {result['shards']} shards,",
+        f"LoRA rank {result['rank']} on all linear layers. Warm page cache, each run in a fresh process, until",
+        "the files are on the disk; imports not counted; median of",
+        f"{result['rounds']} alternating rounds.",
         "",
         "| | seconds | ratio to copy | extra peak memory |",
         "|---|---|---|---|",

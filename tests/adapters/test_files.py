@@ -170,10 +170,10 @@ def test_an_adapter_of_any_name_is_found_and_several_need_a_choice(base: Path, t
         choose_adapter(tmp_path / "two")
     assert choose_adapter(tmp_path / "two", "poet").name == "poet"
     assert choose_adapter(tmp_path / "two", "default") == tmp_path / "two"
-    with pytest.raises(AdapterError, match="holds no adapter 'x', only default, poet"):
+    with pytest.raises(AdapterError, match="has no adapter 'x', only default, poet"):
         choose_adapter(tmp_path / "two", "x")
     with pytest.raises(AdapterError, match="holds no adapter"):
-        choose_adapter(tmp_path)
+        choose_adapter(base)
 
 
 def test_checkpoints_beside_a_final_adapter_are_no_choice(base: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def choose_adapter(folder: Path, name: str | None = None) -> Path:
         )
     if name is not None and name not in found:
         raise AdapterError(
-            f"{folder} holds no adapter {name!r}, only {', '.join(found)}", fix="choose one of these"
+            f"{folder} has no adapter {name!r}, only {', '.join(found)}", fix="choose one of these"
         )
     if name is None and len(found) > 1:
         raise AdapterError(

@@ -46,9 +46,9 @@ class FactorCache:
 class Update:
     """A ``LoraPair`` applied to one file tensor (seen as a matrix ``[rows, columns]``).
 
-    ``transposed``: the weight is stored [in, out]. A stacked pair updates ``experts`` experts; the tensor is
-    that of ``expert``, or holds all of them one below the other where that is None. ``offset`` is the tensor's first
-    output row within the pair's outputs (gate and up share one pair).
+    ``transposed``: the weight is stored [in, out]. A stacked pair updates ``experts`` experts; the tensor
+    is that of ``expert``, or holds all of them one below the other where that is None. ``offset`` is the
+    tensor's first output row within the pair's outputs (gate and up share one pair).
     """
 
     pair: LoraPair
