@@ -19,6 +19,7 @@ PUBLIC_NAMES = [
     "RunConfig",
     "attach_lora",
     "export",
+    "inspect_data",
     "load",
     "train",
     "verify",

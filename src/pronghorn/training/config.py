@@ -205,7 +205,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}", fix="correct the line named above") from None
     for override in overrides:
-        values = _apply_override(values, override)
+        values = apply_override(values, override)
     return parse_config(values, origin=str(path))
 
 
@@ -243,7 +243,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _apply_override(values: Any, override: str) -> Any:
+def apply_override(values: Any, override: str) -> Any:
+    """A copy of nested ``values`` with one ``key=value`` applied.
+
+    Raises:
+        ConfigError: the override is malformed.
+    """
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):

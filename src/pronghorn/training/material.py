@@ -15,7 +15,6 @@ from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.data.prepare import prepare
 from pronghorn.data.templates import choose_template
-from pronghorn.data.templates import choose_template
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.sources.resolve import resolve
