@@ -13,7 +13,7 @@ import torch
 
 from tests import tiny
 
-WORDS = "def class return import torch tensor self value error name type list dict none true".split()
+WORDS = ("class", "return", "import", "torch", "tensor", "self", "value", "error", "name", "type", "none")
 MakeConfig = Callable[..., dict[str, Any]]
 
 
@@ -45,7 +45,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    """``make_config("run", training={...})``: 8 steps over 2 epochs, dropout 0.1, accumulation 2, evaluation each 3."""
+    """``make_config("run", training={...})``: 8 steps, 2 epochs, dropout 0.1, accumulation 2, eval each 3."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def make(name: str = "run", **sections: dict[str, Any]) -> dict[str, Any]:

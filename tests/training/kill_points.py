@@ -1,4 +1,4 @@
-"""Run by test_checkpoint.py: seals checkpoints in a forked child that dies at its n-th file operation, for every n.
+"""Run by test_checkpoint.py: seals in a forked child that dies at its n-th file operation, for every n.
 
 Prints one JSON line: how many points were tried, and what was wrong after any of them.
 """

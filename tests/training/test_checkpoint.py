@@ -1,4 +1,4 @@
-"""Sealed checkpoints: whole or absent at every kill point, damage named by file, rotation, modes, full disk."""
+"""Sealed checkpoints: whole or absent at every kill point, damage named, rotation, modes, full disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.training.test_resume import assert_same
 
 
 def written(folder: Path, step: int = 1, leave_out: str = "") -> Path:
-    """What the Trainer leaves: the files needed to go on (small here), one of them mode 0600, and a pickle."""
+    """What the Trainer leaves: the files needed to go on (small here), one of mode 0600, and a pickle."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     for name in REQUIRED_FILES[:-1]:
@@ -64,7 +64,7 @@ def test_all_is_synced_before_the_name_appears_and_the_name_after(
     real_sync, real_rename = os.fsync, os.rename
 
     def fsync(descriptor: int) -> None:
-        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        events.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
         real_sync(descriptor)
 
     def rename(source: Any, target: Any, **kwargs: Any) -> None:
@@ -148,13 +148,22 @@ def test_what_a_killed_process_left_is_cleaned(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.clean()
     kept = sealed(tmp_path)
-    for name in ("checkpoints/.trash-step-0", "checkpoints/.step-2.staging-0123abcd", ".adapter.staging-0123abcd"):
+    for name in (
+        "checkpoints/.trash-step-0",
+        "checkpoints/.step-2.staging-0123abcd",
+        ".adapter.staging-0123abcd",
+    ):
         written(tmp_path / name)
     written(folder.scratch, 7)
     (tmp_path / ".manifest.json.partial").write_text("{")
     (tmp_path / "metrics.jsonl").write_text("")
     folder.clean()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".scratch", "checkpoints", "metrics.jsonl", "scratch"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".scratch",
+        "checkpoints",
+        "metrics.jsonl",
+        "scratch",
+    ]
     assert list(folder.checkpoints.iterdir()) == [kept.path] and list(folder.scratch.iterdir()) == []
 
 
@@ -169,11 +178,15 @@ class DiskFullAt(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("size", [4_000, 40_000])  # the adapter (33 kB) does not fit; the optimizer (83 kB) does not
+@pytest.mark.parametrize(
+    "size", [4_000, 40_000]
+)  # the adapter (33 kB) does not fit; the optimizer (83 kB) does not
 def test_a_full_disk_leaves_the_last_good_checkpoint(make_config: MakeConfig, size: int) -> None:
     straight, config = train(make_config("straight")), make_config("full")
     try:
-        with pytest.raises(TrainingError, match="checkpoint of step 8 could not be written.*last good.* is step 4"):
+        with pytest.raises(
+            TrainingError, match=r"checkpoint of step 8 could not be written.*last good.* is step 4"
+        ):
             train(config, callbacks=[DiskFullAt(8, size)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

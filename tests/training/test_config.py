@@ -15,7 +15,11 @@ from pronghorn.cli.main import app
 from pronghorn.errors import ConfigError
 from pronghorn.training.config import RunConfig, load_config, parse_config, with_lora_defaults
 
-MINIMAL: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": "rows.jsonl"}, "output": {"folder": "runs/a"}}
+MINIMAL: dict[str, Any] = {
+    "model": {"name": "base"},
+    "data": {"train": "rows.jsonl"},
+    "output": {"folder": "runs/a"},
+}
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -26,21 +30,35 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_three_lines_are_a_run_and_the_rest_has_defaults() -> None:
     config = parse_config(MINIMAL)
-    assert config.training.batch_size == 2 and config.checkpoints.keep == 2 and config.output.folder == Path("runs/a")
+    assert (
+        config.training.batch_size == 2
+        and config.checkpoints.keep == 2
+        and config.output.folder == Path("runs/a")
+    )
 
 
 def test_yaml_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(MINIMAL) + "training: {learning_rate: 1e-4, epsilon: '1e-6'}\n")
     assert load_config(path).training.learning_rate == 1e-4
-    assert yaml.safe_load(path.read_text())["training"]["learning_rate"] == "1e-4"  # what YAML 1.1 makes of it
+    assert (
+        yaml.safe_load(path.read_text())["training"]["learning_rate"] == "1e-4"
+    )  # what YAML 1.1 makes of it
 
 
 def test_overrides_reach_every_depth(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
-    changed = ["training.learning_rate=3e-5", "lora.targets=[q_proj, v_proj]", "lora.r=8", "seed=7", "model.name=other"]
+    changed = [
+        "training.learning_rate=3e-5",
+        "lora.targets=[q_proj, v_proj]",
+        "lora.r=8",
+        "seed=7",
+        "model.name=other",
+    ]
     config = load_config(path, changed)
     assert config.training.learning_rate == 3e-5 and config.seed == 7 and config.model.name == "other"
-    assert config.lora is not None and config.lora.r == 8 and list(config.lora.targets) == ["q_proj", "v_proj"]
+    assert (
+        config.lora is not None and config.lora.r == 8 and list(config.lora.targets) == ["q_proj", "v_proj"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +72,11 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ({"lora": {"lora_alpha": 4}}, "lora.lora_alpha: unknown key", "lora.alpha?"),
         ({"data": {"train": "x", "fromat": "text"}}, "data.fromat: unknown key", "data.format?"),
         ({"zzz": 1}, "zzz: unknown key", "the top level knows: schema_version, seed, model"),
-        ({"training": {"batch_size": 0}}, "training.batch_size: should be greater than or equal to 1 (got 0)", ""),
+        (
+            {"training": {"batch_size": 0}},
+            "training.batch_size: should be greater than or equal to 1 (got 0)",
+            "",
+        ),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: should be a valid number", ""),
         ({"training": {"schedule": "cos"}}, "should be 'linear', 'cosine' or 'constant' (got 'cos')", ""),
         ({"lora": {"r": 0}}, "lora: the rank r is 0", "whole number of at least 1"),
@@ -77,7 +99,12 @@ def test_all_mistakes_are_told_at_once() -> None:
         parse_config({"model": {"name": "b", "nmae": 1}, "training": {"epochs": -1}})
     lines = caught.value.message.splitlines()
     assert lines[0] == "configuration: 4 errors"
-    assert {line.partition(":")[0].strip() for line in lines[1:]} == {"model.nmae", "training.epochs", "data", "output"}
+    assert {line.partition(":")[0].strip() for line in lines[1:]} == {
+        "model.nmae",
+        "training.epochs",
+        "data",
+        "output",
+    }
 
 
 @pytest.mark.parametrize(
@@ -138,7 +165,9 @@ def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
 def test_every_field_is_documented_in_the_schema() -> None:
     found = sections(RunConfig)
     assert len(found) == 8
-    assert [f"{one.__name__}.{n}" for one in found for n, f in one.model_fields.items() if not f.description] == []
+    assert [
+        f"{one.__name__}.{n}" for one in found for n, f in one.model_fields.items() if not f.description
+    ] == []
     assert RunConfig.model_json_schema()["properties"]["seed"]["minimum"] == 0
 
 

@@ -1,4 +1,4 @@
-"""The evaluation loss is one token mean over the split, for any batch size; training loss for any cut of the batch."""
+"""Evaluation is one token mean over the split for any batch size; so is training, for any cut of the batch."""
 
 from __future__ import annotations
 
@@ -69,25 +69,33 @@ def test_only_scored_positions_get_logits() -> None:
 
 
 def test_collated_batches() -> None:
-    batch = PadCollator(9)([{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}, {"input_ids": [4], "labels": [4]}])
+    batch = PadCollator(9)(
+        [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}, {"input_ids": [4], "labels": [4]}]
+    )
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 3], [-100, -100, -100]]
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_cut(make_config: MakeConfig) -> None:
-    """12 ragged rows as 12x1, 4x3, 1x12: the same losses, gradient norms and evaluations, up to float32 rounding."""
+    """12 ragged rows as 12x1, 4x3, 1x12: same losses, gradient norms, evaluations, up to float32 rounding."""
     curves = []
     for batch_size in (1, 3, 12):
         cut = {"batch_size": batch_size, "gradient_accumulation": 12 // batch_size, "max_steps": 3}
-        sections: dict[str, Any] = {"training": cut, "lora": {"dropout": 0.0}, "eval": {"batch_size": batch_size}}
+        sections: dict[str, Any] = {
+            "training": cut,
+            "lora": {"dropout": 0.0},
+            "eval": {"batch_size": batch_size},
+        }
         result = train(make_config(f"cut-{batch_size}", **sections))
         rows = read_metrics(result.folder / "metrics.jsonl")
         kept = ("loss", "grad_norm", "tokens", "eval_loss", "eval_token_accuracy", "eval_tokens")
         curves.append([{key: row[key] for key in kept if key in row} for row in rows])
     for other in curves[1:]:
         for one, two in zip(curves[0], other, strict=True):
-            assert one == pytest.approx(two, rel=2e-4)  # AdamW turns a gradient's last bits into steps of full size
+            assert one == pytest.approx(
+                two, rel=2e-4
+            )  # AdamW turns a gradient's last bits into steps of full size
 
 
 def test_evaluating_does_not_change_what_is_trained(make_config: MakeConfig) -> None:
@@ -113,7 +121,11 @@ def test_the_evaluation_in_the_run_is_that_of_the_saved_adapter(make_config: Mak
         prompt, answer = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
         answer = [*answer, tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    if rows and result.eval and result.eval["eval_tokens"] != sum(len(row["labels"]) - row["labels"].count(-100) for row in rows):
+    if (
+        rows
+        and result.eval
+        and result.eval["eval_tokens"] != sum(len(row["labels"]) - row["labels"].count(-100) for row in rows)
+    ):
         pytest.fail("the rows are tokenised differently here: the test is out of date")
     with torch.no_grad():
         loss, _ = plain_means(model, rows)

@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from pronghorn.errors import ConfigError, MissingDependencyError, NonFiniteLossError, OutOfMemoryError, Preempted
+from pronghorn.errors import (
+    ConfigError,
+    MissingDependencyError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    Preempted,
+)
 from pronghorn.training.checkpoint import list_checkpoints
 from pronghorn.training.config import parse_config
 from pronghorn.training.failures import is_out_of_memory, out_of_memory
@@ -43,7 +49,7 @@ def spoil_base(model: Any) -> None:
 
 def spoil_gradient(value: float) -> Any:
     def act(model: Any) -> None:
-        name, tensor = next((n, t) for n, t in model.named_parameters() if "layers.1" in n and "lora_B" in n)
+        tensor = next(t for n, t in model.named_parameters() if "layers.1" in n and "lora_B" in n)
         tensor.register_hook(lambda gradient: torch.full_like(gradient, value))
 
     return act
@@ -93,19 +99,31 @@ def test_a_run_without_memory_names_the_setting(make_config: MakeConfig) -> None
     ("sections", "phase", "fix"),
     [
         ({"training": {"recompute": False}}, "training", "training.recompute is false"),
-        ({"training": {"batch_size": 4, "gradient_accumulation": 2}}, "training", "from 2 to 4 for the same rows"),
-        ({"training": {"batch_size": 1}, "model": {"name": "b", "max_seq_length": 512}}, "training", "is 512"),
+        (
+            {"training": {"batch_size": 4, "gradient_accumulation": 2}},
+            "training",
+            "from 2 to 4 for the same rows",
+        ),
+        (
+            {"training": {"batch_size": 1}, "model": {"name": "b", "max_seq_length": 512}},
+            "training",
+            "is 512",
+        ),
         ({"eval": {"batch_size": 8}}, "evaluation", "eval.batch_size is 8: set it to 4"),
         ({"model": {"name": "b", "dtype": "float32"}}, "loading", "model.dtype is float32"),
     ],
 )
-def test_the_setting_to_change_depends_on_where_it_happened(sections: dict[str, Any], phase: str, fix: str) -> None:
+def test_the_setting_to_change_depends_on_where_it_happened(
+    sections: dict[str, Any], phase: str, fix: str
+) -> None:
     assert fix in out_of_memory(parse_config({**MINIMAL, **sections}), 5, phase).fix
 
 
 def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(ValueError("not enough memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(
+        ValueError("not enough memory")
+    )
 
 
 def test_a_second_ctrl_c_ends_it_at_once_and_the_run_can_go_on(make_config: MakeConfig) -> None:
@@ -147,7 +165,7 @@ def test_in_another_thread_it_trains_and_leaves_the_handlers_alone(make_config: 
 
 
 def test_trackers_are_checked_before_anything_is_loaded(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match="logging.report_to: .*wandbb is not supported") as caught:
+    with pytest.raises(ConfigError, match=r"logging\.report_to: .*wandbb is not supported") as caught:
         train(make_config("a", logging={"report_to": ["wandbb"]}, model={"name": "/nowhere"}))
     assert "tensorboard" in caught.value.message
     with pytest.raises(MissingDependencyError, match="clearml is not installed"):

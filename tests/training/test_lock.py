@@ -41,7 +41,12 @@ def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> No
 
 
 def test_stale_locks_are_taken_over(tmp_path: Path) -> None:
-    for content in (holder(pid=gone_pid()), holder(started="1"), "", "{"):  # gone, another process now, half-written
+    for content in (
+        holder(pid=gone_pid()),
+        holder(started="1"),
+        "",
+        "{",
+    ):  # gone, another process now, half-written
         (tmp_path / ".lock").write_text(content)
         with RunLock(tmp_path):
             assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
@@ -76,7 +81,9 @@ def test_of_many_processes_that_start_at_once_one_gets_in(tmp_path: Path) -> Non
 
     (tmp_path / ".lock").write_text(holder(pid=gone_pid()))
     command = [sys.executable, "-c", script, str(tmp_path), str(time.time() + 1.5)]
-    racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    racers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)
+    ]
     said = [racer.stdout.readline().strip() for racer in racers if racer.stdout]
     for racer in racers:
         racer.communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""A resumed run equals the uninterrupted one bit for bit: losses, evaluations, adapter, optimizer, schedule."""
+"""A resumed run equals the uninterrupted one bit for bit: losses, evaluations, adapter, optimizer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,16 @@ class SignalAt(TrainerCallback):
             signal.raise_signal(self.number)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.during == "evaluation" and state.global_step == self.step:  # logged just before it is evaluated
+        if (
+            self.during == "evaluation" and state.global_step == self.step
+        ):  # logged just before it is evaluated
             signal.raise_signal(self.number)
 
 
 def rows_without_time(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same(one: RunResult, other: RunResult) -> None:
@@ -77,7 +81,9 @@ def assert_equal_trees(left: Any, right: Any) -> None:
 def test_stopped_at_any_step_and_resumed_equals_straight(make_config: MakeConfig, recompute: bool) -> None:
     shape = {"recompute": recompute}
     straight = train(make_config("straight", training=shape))
-    assert straight.steps == 8  # 19 rows in batches of 3, 2 batches a step: 4 steps an epoch, the last one partial
+    assert (
+        straight.steps == 8
+    )  # 19 rows in batches of 3, 2 batches a step: 4 steps an epoch, the last one partial
     for stop in (1, 3, 4, 6, 8) if not recompute else (3, 5):
         config = make_config(f"stopped-{stop}", training=shape)
         with pytest.raises(Preempted, match=f"SIGTERM after step {stop} of 8"):
@@ -100,16 +106,27 @@ def test_a_stop_during_an_evaluation_ends_it_and_it_is_made_up_for(make_config: 
     straight, config = train(make_config("straight")), make_config("evaluating")
     with pytest.raises(Preempted, match="after step 6"):
         train(config, callbacks=[SignalAt(6, during="evaluation")])
-    steps = [row["step"] for row in read_metrics(Path(config["output"]["folder"]) / "metrics.jsonl") if "eval_loss" in row]
+    steps = [
+        row["step"]
+        for row in read_metrics(Path(config["output"]["folder"]) / "metrics.jsonl")
+        if "eval_loss" in row
+    ]
     assert steps == [3]
     assert_same(straight, train(config))
 
 
 def test_whole_epochs_and_a_cosine_with_another_optimizer(make_config: MakeConfig) -> None:
     shape = {"schedule": "cosine", "warmup_ratio": 0.3, "optimizer": "adafactor", "gradient_accumulation": 1}
-    sections: dict[str, Any] = {"training": shape, "eval": {"every_steps": None}, "checkpoints": {"every_steps": None}}
+    sections: dict[str, Any] = {
+        "training": shape,
+        "eval": {"every_steps": None},
+        "checkpoints": {"every_steps": None},
+    }
     straight, config = train(make_config("straight", **sections)), make_config("stopped", **sections)
-    assert [row["step"] for row in read_metrics(straight.folder / "metrics.jsonl") if "eval_loss" in row] == [7, 14]
+    assert [row["step"] for row in read_metrics(straight.folder / "metrics.jsonl") if "eval_loss" in row] == [
+        7,
+        14,
+    ]
     with pytest.raises(Preempted):
         train(config, callbacks=[SignalAt(7)])
     assert_same(straight, train(config))
@@ -143,7 +160,9 @@ def test_the_newest_valid_checkpoint_is_used_and_the_damaged_one_named(
     assert_same(straight, resumed)
 
 
-def test_a_finished_run_says_so_and_does_nothing(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_does_nothing(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make_config(logging={"progress": "plain"})
     first = train(config)
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
@@ -214,7 +233,10 @@ def reseal(checkpoint: Path, name: str, text: str) -> None:
 
     (checkpoint / name).write_text(text)
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    manifest["files"][name] = {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    manifest["files"][name] = {
+        "size": len(text.encode()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
     (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
@@ -226,13 +248,17 @@ def test_the_command_stops_on_sigterm_with_75_and_goes_on(make_config: MakeConfi
     command = [sys.executable, "-m", "pronghorn.cli.main", "train", str(tmp_path / "run.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     metrics = tmp_path / "command/metrics.jsonl"
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and len(read_metrics(metrics)) < 7:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert errors.startswith("error: stopped by SIGTERM after step") and "run the same command again" in errors
+    assert (
+        errors.startswith("error: stopped by SIGTERM after step") and "run the same command again" in errors
+    )
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout and "\r" not in done.stdout + done.stderr

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.integrations import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
 from pronghorn.errors import ConfigError, MissingDependencyError
 
@@ -20,6 +23,10 @@ def check_trackers(names: Sequence[str]) -> None:
         try:
             get_reporting_integration_callbacks([name])
         except ValueError as error:
-            raise ConfigError(f"logging.report_to: {error}", fix="correct the name, or leave it out") from None
+            raise ConfigError(
+                f"logging.report_to: {error}", fix="correct the name, or leave it out"
+            ) from None
         if name not in get_available_reporting_integrations():
-            raise MissingDependencyError(f"logging.report_to: {name} is not installed", fix=f"pip install {name}")
+            raise MissingDependencyError(
+                f"logging.report_to: {name} is not installed", fix=f"pip install {name}"
+            )

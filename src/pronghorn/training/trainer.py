@@ -24,7 +24,7 @@ from pronghorn.training.config import RunConfig
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
 
-_OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
 
 
 @dataclass
@@ -156,7 +156,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """Forward and backward of one micro-batch.
 
         Raises:
-            NonFiniteLossError: the loss or a gradient is NaN or infinite; the optimizer has not taken the step.
+            NonFiniteLossError: the loss or a gradient is NaN or infinite; the optimizer has not taken the
+            step.
         """
         self.loop.phase = "training"
         self.loop.tokens += int(inputs["attention_mask"].sum())
@@ -167,8 +168,10 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         return loss
 
     def _require_finite_gradients(self) -> None:
-        """Before clipping: it would spread one NaN over all tensors, and scale an overflowed norm to zeros."""
-        gradients = {name: tensor.grad for name, tensor in self.model.named_parameters() if tensor.grad is not None}
+        """Before clipping: it would spread a NaN over all tensors, and scale an overflowed norm to 0."""
+        gradients = {
+            name: tensor.grad for name, tensor in self.model.named_parameters() if tensor.grad is not None
+        }
         norm = float(torch.nn.utils.get_total_norm(gradients.values()))
         if not math.isfinite(norm):
             bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
