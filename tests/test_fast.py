@@ -121,7 +121,9 @@ def test_unknown_save_methods_list_the_valid_ones(base: Path, method: str, tmp_p
         ({"overwrte": True}, ConfigError, "did you mean overwrite"),
     ],
 )
-def test_save_merged_keywords(base: Path, arguments: dict[str, Any], kind: Any, said: str, tmp_path: Path) -> None:
+def test_save_merged_keywords(
+    base: Path, arguments: dict[str, Any], kind: Any, said: str, tmp_path: Path
+) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(kind, match=said):
         model.save_pretrained_merged(tmp_path / "merged", **arguments)
@@ -182,7 +184,9 @@ def test_a_base_changed_in_memory_is_not_silently_dropped(base: Path, tmp_path: 
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_load_keywords_that_cannot_be_honoured(base: Path, arguments: dict[str, Any], kind: Any, said: str) -> None:
+def test_load_keywords_that_cannot_be_honoured(
+    base: Path, arguments: dict[str, Any], kind: Any, said: str
+) -> None:
     with pytest.raises(kind, match=said) as caught:
         FastLanguageModel.from_pretrained(base, **arguments)
     assert caught.value.fix
@@ -256,7 +260,9 @@ def test_adapter_keywords_reach_peft(base: Path) -> None:
 def test_ensure_weight_tying_is_the_choice(tmp_path: Path) -> None:
     tied = tiny.write_base(tmp_path / "tied", "qwen2")
     with pytest.raises(AdapterError, match="one matrix"):
-        FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(tied)[0], modules_to_save=["lm_head"])
+        FastLanguageModel.get_peft_model(
+            FastLanguageModel.from_pretrained(tied)[0], modules_to_save=["lm_head"]
+        )
     for asked, recorded in ((True, "keep"), (False, "untie")):
         model = FastLanguageModel.get_peft_model(
             FastLanguageModel.from_pretrained(tied)[0], modules_to_save=["lm_head"], ensure_weight_tying=asked

@@ -117,14 +117,14 @@ class FastLanguageModel:
 
         Args:
             model_name: a local folder, or a hub id.
-            max_seq_length: longest sequence in tokens; default 2048, or the model's own limit if that is less.
+            max_seq_length: longest sequence in tokens; None is 2048, or the model's own limit if less.
             dtype: None for the config's own, else bfloat16, float16 or float32.
             load_in_4bit, load_in_8bit, full_finetuning, rope_scaling: not available yet.
             load_in_16bit: what happens anyway.
             token: access token of the hub.
             device_map: None for the accelerator (or CPU), else as in transformers.
             trust_remote_code: run Python code that comes with the model.
-            use_gradient_checkpointing: True for recompute, False for none; "unsloth" is stock recompute here.
+            use_gradient_checkpointing: True for recompute, False for none; "unsloth" is stock recompute.
             revision: branch, tag or commit of a hub model.
             random_state: seed of an adapter attached later.
             text_only: only text models can be loaded.
@@ -187,15 +187,17 @@ class FastLanguageModel:
 
         Args:
             model: from ``from_pretrained``, or any transformers causal language model.
-            r, lora_alpha, lora_dropout, bias, use_rslora, use_dora, init_lora_weights: as in PEFT's LoraConfig.
-            target_modules: names, "all-linear", or one regex over full names; None means "all-linear".
+            r, lora_alpha, lora_dropout, bias: as in PEFT's LoraConfig.
+            use_rslora, use_dora, init_lora_weights: as in PEFT's LoraConfig.
+            target_modules: names, "all-linear", or one regex over full names; None is "all-linear".
             layers_to_transform, layers_pattern, finetune_last_n_layers: restrict the layers.
             use_gradient_checkpointing: None keeps what from_pretrained was told.
             random_state: seed of the adapter; None keeps that of from_pretrained.
             max_seq_length: may repeat the value of from_pretrained; another one is refused.
             modules_to_save: modules trained in full.
             target_parameters: parameters such as stacked experts.
-            ensure_weight_tying: for tied models whose embedding or head trains: True keeps them one, False unties.
+            ensure_weight_tying: for tied models whose embedding or head trains: True keeps them one,
+                False unties.
             **other: other names of this kind are refused with the reason.
 
         Raises:
@@ -326,9 +328,9 @@ def _save_pretrained_merged(
     overwrite: bool = False,
     **other: Any,
 ) -> Any:
-    """Write the model merged into the base files it was loaded from ("merged_16bit"), or its adapter ("lora").
+    """Write the base files with the adapter merged in ("merged_16bit"), or the adapter ("lora").
 
-    The merge reads and writes files only, and is verified in a fresh process; ``overwrite`` replaces a folder.
+    The merge goes from files to files and is verified in a fresh process; ``overwrite`` replaces a folder.
 
     Raises:
         ConfigError, NotSupportedError: an unknown save_method or keyword.

@@ -190,7 +190,12 @@ def test_folder_has_tokenizer_record_and_modes_of_the_umask(tmp_path: Path) -> N
         os.umask(before)
     for folder in (tmp_path / "new", tmp_path / "old"):
         names = {path.name for path in folder.iterdir()} - {"optimizer.txt"}
-        assert {"adapter_model.safetensors", "adapter_config.json", "pronghorn.json", "tokenizer.json"} <= names
+        assert {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "pronghorn.json",
+            "tokenizer.json",
+        } <= names
         assert not any(name.startswith(".") for name in names)
         modes = {stat.S_IMODE((folder / name).stat().st_mode) for name in names}
         assert modes == {0o640}

@@ -42,11 +42,16 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{"modules_to_save": [EMBED]}, {"modules_to_save": [HEAD]}, {"targets": [HEAD]}, {"targets": ["q_proj", EMBED]}],
+    [
+        {"modules_to_save": [EMBED]},
+        {"modules_to_save": [HEAD]},
+        {"targets": [HEAD]},
+        {"targets": ["q_proj", EMBED]},
+    ],
     ids=str,
 )
 def test_the_choice_is_asked_for(base: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(AdapterError, match="uses one matrix for model.embed_tokens and lm_head") as caught:
+    with pytest.raises(AdapterError, match=r"uses one matrix for model\.embed_tokens and lm_head") as caught:
         attach_lora(load(base)[0], LoraOptions(**options), say=None)
     assert 'tied="keep"' in caught.value.fix and 'tied="untie"' in caught.value.fix
 

@@ -78,8 +78,13 @@ def test_every_family_loads_with_the_weights_of_the_files(family: str, tmp_path:
 
 @pytest.mark.parametrize(
     ("asked", "got"),
-    [("auto", torch.bfloat16), (None, torch.bfloat16), ("fp32", torch.float32), ("torch.float16", torch.float16)]
-    + [(torch.float32, torch.float32)],
+    [
+        ("auto", torch.bfloat16),
+        (None, torch.bfloat16),
+        ("fp32", torch.float32),
+        ("torch.float16", torch.float16),
+        (torch.float32, torch.float32),
+    ],
 )
 def test_dtype(base: Path, asked: Any, got: torch.dtype) -> None:
     model, _ = load(base, LoadOptions(dtype=asked))
@@ -108,13 +113,17 @@ def add(folder: Path, name: str, tensor: torch.Tensor) -> None:
 
 def test_missing_tensor_is_never_filled(copy: Path) -> None:
     drop(copy, "model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(SourceError, match=r"1 missing from the files: model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        SourceError, match=r"1 missing from the files: model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         load(copy)
 
 
 def test_extra_tensor_is_an_error(copy: Path) -> None:
     add(copy, "model.layers.0.mlp.side_proj.weight", torch.zeros(2, 2))
-    with pytest.raises(SourceError, match=r"1 in the files, not in the model: model\.layers\.0\.mlp\.side_proj"):
+    with pytest.raises(
+        SourceError, match=r"1 in the files, not in the model: model\.layers\.0\.mlp\.side_proj"
+    ):
         load(copy)
 
 
@@ -230,7 +239,9 @@ def test_adapter_saved_by_peft_alone_loads(base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    )
     assert torch.equal(logits(model), logits(stock))
 
 
@@ -270,7 +281,10 @@ A_UP = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     [
         (lambda t: t.pop(A_UP), f"1 missing: {A_UP}"),
         (lambda t: t.update({"base_model.model.model.layers.9.lora_A.weight": t[A_UP].clone()}), "1 extra: "),
-        (lambda t: t.update({A_UP: t[A_UP][:2].clone()}), r"1 of another shape: .*file \[2, 64\], model \[4, 64\]"),
+        (
+            lambda t: t.update({A_UP: t[A_UP][:2].clone()}),
+            r"1 of another shape: .*file \[2, 64\], model \[4, 64\]",
+        ),
         (lambda t: t.update({A_UP.replace("base_model", "other"): t.pop(A_UP)}), "1 missing: .*1 extra: "),
         (lambda t: t[A_UP].fill_(float("nan")), "NaN or infinite"),
     ],
@@ -293,13 +307,13 @@ def test_half_an_adapter_is_an_error(adapter: Path) -> None:
 
 def test_the_wrong_base_is_refused(adapter: Path, tmp_path: Path) -> None:
     other = tiny.write_base(tmp_path / "other", seed=1)
-    with pytest.raises(AdapterError, match="is not the base the adapter .* was trained on"):
+    with pytest.raises(AdapterError, match=r"is not the base the adapter .* was trained on"):
         load(adapter, LoadOptions(base=other), say=None)
 
 
 def test_a_base_that_moved_is_found_by_hand(base: Path, adapter: Path, tmp_path: Path) -> None:
     edit(adapter / "pronghorn.json", base_path="/gone")
-    with pytest.raises(AdapterError, match="was trained on '/gone', which is not here"):
+    with pytest.raises(AdapterError, match="is not here: '/gone'"):
         load(adapter, say=None)
     moved = Path(shutil.copytree(base, tmp_path / "moved"))
     assert load(adapter, LoadOptions(base=moved), say=None)[0].peft_config

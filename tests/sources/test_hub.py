@@ -75,7 +75,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, json.dumps(info).encode(), body)
 
     def files(self) -> list[str]:
-        return sorted(str(p.relative_to(self.server.folder)) for p in self.server.folder.rglob("*") if p.is_file())
+        return sorted(
+            str(p.relative_to(self.server.folder)) for p in self.server.folder.rglob("*") if p.is_file()
+        )
 
     def entry(self, name: str) -> dict[str, object]:
         data = (self.server.folder / name).read_bytes()
@@ -109,10 +111,17 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     server.shutdown()
 
 
-def run(cache: Path, hub: Hub | None, name: str, revision: str = "", *more: str, **env: str) -> dict[str, str]:
+def run(
+    cache: Path, hub: Hub | None, name: str, revision: str = "", *more: str, **env: str
+) -> dict[str, str]:
     endpoint = f"http://127.0.0.1:{hub.server_port}" if hub else "http://127.0.0.1:9"
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "*",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, name, revision, *(more or ("resolve",))],
         env={**clean, **settings, **env},

@@ -1,4 +1,5 @@
-"""Bad folders of every kind are refused in well under a second, by name, before anything is built from them."""
+"""Bad folders of every kind are refused in well under a second, by name, before anything is built from
+them."""
 
 from __future__ import annotations
 
@@ -89,7 +90,10 @@ BROKEN_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (lambda f: os.truncate(shards(f)[0], shards(f)[0].stat().st_size - 5), "model-00001"),
     "empty shard": (lambda f: os.truncate(shards(f)[0], 0), "model-00001"),
     "huge header": (huge_header, "model-00001"),
-    "index climbs out": (lambda f: remap(f, "../model-00001-of-00003.safetensors"), "not a plain .safetensors"),
+    "index climbs out": (
+        lambda f: remap(f, "../model-00001-of-00003.safetensors"),
+        "not a plain .safetensors",
+    ),
     "index is absolute": (lambda f: remap(f, "/etc/passwd.safetensors"), "not a plain .safetensors"),
     "shard links outside": (link_outside, "outside the folder"),
     "pickles only": (only_pickles, "pickled weights"),
@@ -214,7 +218,12 @@ def test_base_from_adapter_config(base: Path, adapter: Path) -> None:
 
 @pytest.mark.parametrize(
     ("named", "said"),
-    [(None, "names no base"), ("", "names no base"), ("../../secret", "climbs out"), ("/no/such", "there is no folder")],
+    [
+        (None, "names no base"),
+        ("", "names no base"),
+        ("../../secret", "climbs out"),
+        ("/no/such", "there is no folder"),
+    ],
 )
 def test_base_that_cannot_be_found(named: str | None, said: str, adapter_copy: Path, base: Path) -> None:
     edit(adapter_copy / "adapter_config.json", base_model_name_or_path=named)

@@ -1,4 +1,4 @@
-"""Attach a LoRA adapter to a transformers model: PEFT does the wrapping, this module decides what is wrapped."""
+"""Attach a LoRA adapter to a transformers model: PEFT wraps, this module decides what is wrapped."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def attach_lora(
 ) -> PeftModel:
     """Put a new LoRA adapter on a model, freeze everything else, and say what was attached.
 
-    The same seed gives the same adapter; the global random streams are left as they were. ``save_pretrained`` of the
-    returned instance also writes the tokenizer and pronghorn.json. Where the model was loaded with recompute, it stays
-    on. ``say`` receives one line (None: silent).
+    The same seed gives the same adapter; the global random streams are left as they were. ``save_pretrained``
+    of the returned instance also writes the tokenizer and pronghorn.json. Where the model was loaded with
+    recompute, it stays on. ``say`` receives one line (None: silent).
 
     Raises:
         AdapterError: the model already has an adapter, or an option does not fit the model.
@@ -96,7 +96,7 @@ def _peft_config(model: Any, options: LoraOptions, targets: Targets, tied: Tied 
     if parameters and (options.dropout or options.use_dora):
         setting = "lora_dropout" if options.dropout else "use_dora"
         raise NotSupportedError(
-            f"{setting} cannot be used with an adapter on {parameters[0]}, a weight without a linear module of its own",
+            f"{setting} cannot be used with an adapter on {parameters[0]}, which is adapted as a bare weight",
             fix=f"leave {setting} out, or leave the experts and MLPs out of target_modules",
         )
     extra: dict[str, Any] = {}
@@ -126,9 +126,9 @@ def _peft_config(model: Any, options: LoraOptions, targets: Targets, tied: Tied 
 def _keep_from_conversion(model: Any, modules: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split names into those PEFT takes as modules, and those to be given as parameters (``NAME.weight``).
 
-    From 0.19 PEFT rewrites gate_proj, up_proj, down_proj and gate of some mixture-of-experts models into the stacked
-    experts' parameters, so that dense and shared-expert MLPs of these names would get no adapter. Given as a
-    parameter such a matrix keeps its adapter, and the saved tensors have the usual names.
+    From 0.19 PEFT rewrites gate_proj, up_proj, down_proj and gate of some mixture-of-experts models into the
+    stacked experts' parameters, so that dense and shared-expert MLPs of these names would get no adapter.
+    Given as a parameter such a matrix keeps its adapter, and the saved tensors have the usual names.
     """
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -161,7 +161,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def peft_warnings() -> Iterator[None]:
-    """Silence PEFT's advice on choices made and checked here, and its use of a name transformers deprecated."""
+    """Silence PEFT's advice on choices made here, and its use of a name transformers deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*")
         warnings.filterwarnings("ignore", message=".*target_modules.*were set but no module was matched.*")

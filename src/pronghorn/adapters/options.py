@@ -48,11 +48,11 @@ class LoraOptions:
     last_layers: int | None = None
     """Only this many layers at the end; None means all."""
     layers_pattern: str | tuple[str, ...] | list[str] | None = None
-    """Name of the list the layer index belongs to ("layers"), where the first number of a name is something else."""
+    """Name of the list whose index is the layer ("layers"), where a name has another number before it."""
     init: bool | str = True
     """True (A random, B zero), "gaussian", "orthogonal" or False (both random: the model changes at once)."""
     tied: Literal["keep", "untie"] | None = None
-    """For training embed_tokens or lm_head of a model that ties them: keep them tied, or give each its own update."""
+    """For training embed_tokens or lm_head of a model that ties them: keep them one, or separate them."""
     seed: int = 3407
     """Seed of A; the global random streams are not touched."""
 
@@ -91,8 +91,8 @@ class LoraOptions:
         )
         if root is not None:
             raise NotSupportedError(
-                f"init_lora_weights={self.init!r} {_BASE_CHANGING[root]}: the adapter would no longer belong to the base "
-                "on disk, and merging it onto those files gives a wrong model",
+                f"init_lora_weights={self.init!r} {_BASE_CHANGING[root]}: the adapter would no longer "
+                "belong to the base on disk, and merging it onto those files gives a wrong model",
                 fix='use init_lora_weights=True or "gaussian" (use_rslora=True helps at high rank)',
             )
         if name not in (True, False, "gaussian", "orthogonal"):

@@ -17,8 +17,9 @@ SAMPLED_VALUES = 64
 class Origin:
     """The base files a model instance was loaded from, and how it was loaded.
 
-    ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length; ``rows`` the embedding rows at load; ``seed`` the default seed of a
-    new adapter; ``samples`` a few values of every weight at load.
+    ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length;
+    ``rows`` the embedding rows at load; ``seed`` the default seed of a new adapter; ``samples`` a few values
+    of every weight at load.
     """
 
     name: str
@@ -56,7 +57,7 @@ def origin_of(model: Any) -> Origin | None:
 
 
 def sample_weights(model: Any) -> dict[str, str]:
-    """A few values of every base weight, as a hash: enough to notice a change made in memory, in milliseconds."""
+    """A hash of a few values of every base weight: shows a change made in memory, in milliseconds."""
     return {
         name: _sample(parameter)
         for key, parameter in model.named_parameters()
@@ -65,7 +66,7 @@ def sample_weights(model: Any) -> dict[str, str]:
 
 
 def changed_weights(model: Any, origin: Origin) -> list[str]:
-    """Names of base weights whose sampled values differ from those at load; resized embeddings are not among them."""
+    """Names of base weights whose sampled values differ from those at load, resized embeddings left out."""
     now = sample_weights(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     resized = {

@@ -34,7 +34,7 @@ def library_versions() -> dict[str, str]:
 
 
 def differences(recorded: AdapterRecord, now: AdapterRecord) -> list[str]:
-    """Lines naming each setting in which ``now`` differs from the record of the training; empty if none does."""
+    """A line for each setting in which ``now`` differs from the record of the training."""
     lines = []
     for key in ("max_seq_length", "rank", "tied"):
         before, after = getattr(recorded, key), getattr(now, key)

@@ -44,8 +44,10 @@ def save_adapter(
 ) -> Path:
     """Write an adapter that PEFT alone can load, its tokenizer and pronghorn.json; returns the folder.
 
-    A new folder appears complete or not at all; in an existing one each file is replaced in one step and other files
-    stay. ``tokenizer`` defaults to the one the model was loaded with, ``adapter_name`` to the only adapter; ``state_dict`` are the weights to write where a trainer gathered them (default: the model's).
+    A new folder appears complete or not at all; in an existing one each file is replaced in one step and
+    other files stay. ``tokenizer`` defaults to the one the model was loaded with, ``adapter_name`` to the
+    only adapter; ``state_dict`` are the weights to write where a trainer gathered them (default: the
+    model's).
 
     Raises:
         AdapterError: several adapters and no choice, or an unknown name.

@@ -1,6 +1,6 @@
 """Which modules an adapter sits on: names as people type them become full module and parameter names.
 
-PEFT's own "all-linear" skips dense and shared-expert MLPs in some mixture-of-experts models; full names do not.
+PEFT's own "all-linear" skips dense and shared-expert MLPs in some mixture-of-experts models.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _check_saved(model: Any, saved: Iterable[str]) -> None:
     names = [name for name, _ in model.named_modules() if name]
     for wanted in saved:
         if not any(name == wanted or name.endswith("." + wanted) for name in names):
-            close = get_close_matches(wanted, sorted({name.rpartition(".")[2] for name in names}), n=3, cutoff=0.5)
+            close = get_close_matches(
+                wanted, sorted({name.rpartition(".")[2] for name in names}), n=3, cutoff=0.5
+            )
             raise AdapterError(
                 f"modules_to_save names {wanted!r}, but this model has no such module",
                 fix=f"did you mean {' or '.join(close)}?" if close else "list the model's named_modules()",
@@ -114,7 +116,7 @@ def _named(catalog: _Catalog, targets: str | Iterable[str]) -> Iterator[str]:
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Some models make their router a subclass of Linear that returns several tensors; LoRA cannot sit on it."""
+    """Whether it is a Linear that returns several tensors, as some routers do: LoRA cannot sit on it."""
     return isinstance(module, nn.Linear) and (
         type(module).forward is not nn.Linear.forward
         and type(module).__module__.startswith("transformers.models.")
@@ -139,7 +141,7 @@ def _matching(catalog: _Catalog, pattern: str) -> list[str]:
 
 
 def _one(catalog: _Catalog, target: str, asked: tuple[str, ...]) -> list[str]:
-    """Names that one entry of a list stands for: modules, stacked experts, or the fused product it is part of."""
+    """What one entry of a list stands for: modules, stacked experts, or the fused product it is part of."""
     found = [name for name in catalog.modules if name == target or name.endswith("." + target)]
     found += [name for name in catalog.stacks if name == target or name.endswith("." + target)]
     for leaf, spellings in STACKED.items():
@@ -175,7 +177,8 @@ def _unmatched(catalog: _Catalog, target: str) -> AdapterError:
     near = f"did you mean {' or '.join(close)}? " if close else ""
     return AdapterError(
         f"target_modules names {target!r}, but this model has no such linear or embedding module{kind}",
-        fix=f'{near}it has {", ".join(catalog.leaves)}; target_modules="{ALL_LINEAR}" takes every linear module',
+        fix=f"{near}it has {', '.join(catalog.leaves)}; "
+        f'target_modules="{ALL_LINEAR}" takes every linear module',
     )
 
 
@@ -207,7 +210,8 @@ def _in_layers(model: Any, names: Iterable[str], options: LoraOptions) -> list[s
         beyond = sorted(one for one in wanted if not 0 <= one < (count or one + 1))
         if beyond or not wanted:
             raise AdapterError(
-                f"layers_to_transform names {beyond or 'no layer'}, the model has layers 0 to {(count or 1) - 1}",
+                f"layers_to_transform names {beyond or 'no layer'}, the model has layers 0 to "
+                f"{(count or 1) - 1}",
                 fix="name existing layers",
             )
     else:

@@ -1,4 +1,4 @@
-"""Models that use one matrix for embedding and output: training it needs a choice, made before training starts."""
+"""Models with one matrix for embedding and output: training it needs a choice, made before it starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def embeddings(model: Any) -> Embeddings:
 
 
 def settle(model: Any, options: LoraOptions, targets: Targets) -> tuple[LoraOptions, Targets, Tied | None]:
-    """Apply the choice for tied embeddings; returns the options and targets to use, and the choice where it counts.
+    """Apply the choice for tied embeddings; returns options and targets to use, and the choice if it counts.
 
     "keep": the embedding is trained in full and the head is the same matrix. "untie": each named
     module gets its own update and the others stay as they are; a merge then writes both matrices.
@@ -53,8 +53,8 @@ def settle(model: Any, options: LoraOptions, targets: Targets) -> tuple[LoraOpti
         raise AdapterError(
             f"{' and '.join(saved or adapted)} would be trained, but this model uses one matrix for "
             f"{found.inputs} and {found.outputs}: training one of them can mean two things",
-            fix='tied="keep" (ensure_weight_tying=True) trains both as one; tied="untie" (ensure_weight_tying=False) '
-            "separates them, and a merge writes both",
+            fix='tied="keep" (ensure_weight_tying=True) trains both as one; tied="untie" '
+            "(ensure_weight_tying=False) separates them, and a merge writes both",
         )
     if options.tied == "untie":
         return options, targets, "untie"
@@ -65,9 +65,10 @@ def settle(model: Any, options: LoraOptions, targets: Targets) -> tuple[LoraOpti
         modules = tuple(name for name in targets.modules if name not in ends)
         return options, replace(targets, modules=modules), "keep"
     raise NotSupportedError(
-        f"LoRA on {' and '.join(adapted)} of a model with tied weights cannot be kept tied: the head's factors are the "
-        "embedding's transposed, two tensors that drift apart in training",
-        fix='train the matrix in full with modules_to_save=["embed_tokens"] and tied="keep", or choose tied="untie"',
+        f"LoRA on {' and '.join(adapted)} of a model with tied weights cannot be kept tied: the head's "
+        "factors are the embedding's transposed, two tensors that drift apart in training",
+        fix='train the matrix in full with modules_to_save=["embed_tokens"] and tied="keep", or choose '
+        'tied="untie"',
     )
 
 

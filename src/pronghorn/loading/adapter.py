@@ -1,4 +1,4 @@
-"""Load a saved adapter onto its base, key by key: what is missing or left over is an error, never a warning."""
+"""Load a saved adapter onto its base; a tensor that is missing or left over is an error, not a warning."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
         result = set_peft_model_state_dict(wrapped, tensors)
     except (RuntimeError, KeyError, ValueError) as error:
         raise _refusal(source.path, problems or [f"{type(error).__name__}: {error}"]) from error
-    # an adapter saved under other names (an older transformers) may differ from `expected` and still fit exactly
+    # an adapter with the names of an older transformers differs from `expected` and may still fit exactly
     missing, extra = sorted(owned & set(result.missing_keys)), sorted(result.unexpected_keys)
     if missing or extra:
         raise _refusal(source.path, problems or [*_line("missing", missing), *_line("extra", extra)])
@@ -75,8 +75,8 @@ def _line(what: str, names: list[str]) -> list[str]:
 
 def _refusal(folder: Path, problems: list[str]) -> AdapterError:
     return AdapterError(
-        f"the tensors of the adapter {folder} are not those its config asks for on this base: {'; '.join(problems)}",
-        fix="save or copy the adapter again, together with its adapter_config.json, and check that the base is its own",
+        f"the adapter {folder} does not hold the tensors its config asks for: {'; '.join(problems)}",
+        fix="save or copy the adapter again with its adapter_config.json, and check that the base is its own",
     )
 
 
@@ -98,7 +98,7 @@ def _resize(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     for suffix in (".weight", ".base_layer.weight"):
         carried = tensors.get(f"{_PREFIX}{name}{suffix}")
         if carried is not None and carried.shape[0] != model.get_input_embeddings().weight.shape[0]:
-            # every row is overwritten by the carried embedding; averaging the old ones would cost time for nothing
+            # the carried embedding overwrites every row, so none needs a sensible start
             model.resize_token_embeddings(carried.shape[0], mean_resizing=False)
 
 

@@ -28,13 +28,13 @@ def load(
     *,
     say: Callable[[str], None] | None = print,
 ) -> tuple[Any, Any]:
-    """Load a model and its tokenizer; an adapter folder gives its base with the adapter on it, trainable again.
+    """Load a model and its tokenizer; an adapter folder gives its base and the adapter, trainable again.
 
-    The model is an ordinary transformers model (or PeftModel) in evaluation mode. ``say`` receives a line per thing
-    worth knowing: what the adapter is, and where it differs from its record (None: silent).
+    The model is an ordinary transformers model (or PeftModel) in evaluation mode. ``say`` receives a line per
+    thing worth knowing: what the adapter is, and where it differs from its record (None: silent).
 
     Raises:
-        SourceError: files are missing, damaged or do not fit each other; nothing is ever filled with random numbers.
+        SourceError: files are missing, damaged or do not fit each other; nothing is made up.
         AdapterError: the adapter does not fit, or its base is another one than at training.
         ConfigError, NotSupportedError: an option cannot be honoured.
     """
@@ -50,8 +50,7 @@ def load(
         return _load_with_adapter(source, options, say or _silent)
     if options.base is not None:
         raise ConfigError(f"base is set, but {source.name} is no adapter", fix="leave base out")
-    model, tokenizer, _ = _load_base(source, source.path, options, None)
-    return model, tokenizer
+    return _load_base(source, source.path, options, None)
 
 
 def _silent(line: str) -> None:
@@ -65,12 +64,11 @@ def _load_with_adapter(source: Source, options: LoadOptions, say: Callable[[str]
     record = read_record(source.path)
     folder = source.path if has_tokenizer(source.path) else base.path
     recorded = record.max_seq_length if record else None
-    model, tokenizer, origin = _load_base(base, folder, options, recorded)
+    model, tokenizer = _load_base(base, folder, options, recorded)
     wrapped = load_adapter(model, source)
     check_rows(folder, tokenizer, wrapped.get_input_embeddings().weight.shape[0])
-    bind_save(wrapped, tied=record.tied if record else None)
-    if options.recompute:
-        recompute.enable(wrapped)
+    kept = "keep" if source.config.get("ensure_weight_tying") else None
+    bind_save(wrapped, tied=record.tied if record else kept)
     say(f"adapter {source.name} on {base.name}: {report(wrapped)}")
     if record is not None:
         for line in differences(record, record_of(wrapped)):
@@ -80,7 +78,7 @@ def _load_with_adapter(source: Source, options: LoadOptions, say: Callable[[str]
 
 def _load_base(
     base: Source, tokenizer_folder: Path, options: LoadOptions, recorded_length: int | None
-) -> tuple[Any, Any, Origin]:
+) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=options.trust_remote_code)
     model = load_base(
         base,
@@ -112,7 +110,7 @@ def _load_base(
     remember(model, origin)
     if options.recompute:
         recompute.enable(model)
-    return model, tokenizer, origin
+    return model, tokenizer
 
 
 def _placement(options: LoadOptions) -> Any:

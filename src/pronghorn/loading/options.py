@@ -31,9 +31,9 @@ class LoadOptions:
     max_seq_length: int | None = None
     """Longest sequence in tokens; None is 2048, or the model's own limit where that is shorter."""
     dtype: str | torch.dtype | None = "auto"
-    """"auto" (or None): as the config says; else bfloat16, float16 or float32, by name or as a torch dtype."""
+    """"auto" (or None): as the config says; else bfloat16, float16 or float32 (names or torch dtypes)."""
     device_map: str | dict[str, Any] | None = None
-    """None: the accelerator, or the CPU where there is none. Else a device, a placement of accelerate, or a map."""
+    """None: the accelerator, or the CPU. Else a device, a placement of accelerate, or a map."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     token: str | bool | None = None
@@ -58,7 +58,8 @@ class LoadOptions:
             if kind not in _DEVICE_TYPES or (index and not index.isdecimal()):
                 raise ConfigError(
                     f"device_map is {self.device_map!r}",
-                    fix=f"use a device such as cpu or cuda:0, one of {', '.join(sorted(_PLACEMENTS))}, a map, or None",
+                    fix="use a device such as cpu or cuda:0, a map, None, or one of "
+                    f"{', '.join(sorted(_PLACEMENTS))}",
                 )
 
     def torch_dtype(self) -> torch.dtype | str:

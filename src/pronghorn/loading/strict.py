@@ -1,7 +1,7 @@
-"""Load base weights so that every tensor of the model comes from the files, and every tensor of the files is used.
+"""Load base weights so that every tensor of the model comes from the files and all of the files is used.
 
-transformers only logs a missing tensor and fills it with random numbers; here that is an error, found on the meta
-device before a byte of the weights is read.
+transformers only logs a missing tensor and fills it with random numbers; here that is an error, found on the
+meta device before a byte of the weights is read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _config(source: Source, common: dict[str, Any]) -> Any:
         ) from error
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         raise NotSupportedError(
-            f"{source.name} is a multimodal model ({config.model_type}); only text models can be loaded so far",
+            f"{source.name} is a multimodal model ({config.model_type}); only text models can be loaded",
             fix="use a text-only model of the same family",
         )
     return config

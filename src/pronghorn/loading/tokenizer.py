@@ -1,4 +1,4 @@
-"""Load a tokenizer that is really there: transformers can return an empty one for a folder without its files."""
+"""Load a tokenizer that is really there: for a folder without one transformers may return an empty one."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
 
 def check_rows(folder: Path, tokenizer: Any, rows: int) -> None:
-    """Every token id of the tokenizer's files, and every special one in use, must have a row in the embedding.
+    """Every id of the tokenizer's files, and every special one in use, must have a row in the embedding.
 
-    Ids beyond the files are left out: some tokenizer classes add an unknown token of their own that nothing produces.
+    Ids beyond the files are left out: some tokenizer classes add an unknown token of their own.
 
     Raises:
         SourceError: there is an id without a row.

@@ -1,7 +1,7 @@
 """A base's config.json checked against its weight headers, before anything is built from it.
 
-A config that asks for 10^9 layers hangs the model constructor; one that names a kernel repository makes the loader
-fetch code. Both are found here, in milliseconds.
+A config that asks for 10^9 layers hangs the model constructor; one that names a kernel repository makes the
+loader fetch code. Both are found here, in milliseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _LAYER_KEYS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers
 # each of these is a dimension of some tensor, so none can exceed the largest dimension in the files
 _SIZE_KEYS = frozenset(
     {
-        "vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size", "n_inner",
+        "vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size",
+        "n_inner",
         "num_attention_heads", "num_key_value_heads", "n_head", "head_dim", "kv_lora_rank", "q_lora_rank",
         "shared_expert_intermediate_size", "num_experts", "num_local_experts", "n_routed_experts",
         "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
@@ -27,8 +28,7 @@ _SIZE_KEYS = frozenset(
 # positions size no tensor in most models; Llama 4 has 10.5 million
 _POSITION_KEYS = frozenset({"max_position_embeddings", "n_positions"})
 MAX_POSITIONS = 10**9
-# a few fused tensors are several times a config value apart from it in the other direction; this one only guards
-# against absurd values, the strict load compares shapes exactly
+# this only guards against absurd values (the strict load compares shapes exactly), so it may be generous
 _SLACK = 8
 _CODE_KEYS = frozenset(
     {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
@@ -38,7 +38,7 @@ _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def check_base_config(path: Path, config: Mapping[str, Any], weights: WeightFolder, *, code: bool) -> None:
-    """Refuse a config that is absurd for these weights, needs code, or describes something that cannot be loaded.
+    """Refuse a config that is absurd for these weights, needs code, or cannot be loaded.
 
     Raises:
         SourceError: a missing model_type, an impossible size or layer count, or code named by the config.

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from pronghorn.errors import SourceError
 
 FILE_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-# a second copy of the weights in the trainer's own layout, and everything in subfolders (onnx/, original/, ...)
+# a second copy of the weights in their maker's own layout, and all subfolders (onnx/, original/)
 SKIPPED_PATTERNS = ("consolidated*", "*/*")
 CODE_PATTERN = "*.py"
 
@@ -28,7 +28,7 @@ def download(name: str, *, revision: str | None, token: str | bool | None, code:
     HF_HUB_OFFLINE=1 and HF_ENDPOINT are obeyed by huggingface_hub itself. ``code`` also fetches .py files.
 
     Raises:
-        SourceError: no such id or revision, no access, or the hub cannot be reached and the cache lacks the model.
+        SourceError: no such id or revision, no access, or the hub is out of reach and not in the cache.
     """
     patterns = [*FILE_PATTERNS, CODE_PATTERN] if code else list(FILE_PATTERNS)
     try:
@@ -67,7 +67,7 @@ def _explain(name: str, revision: str | None, error: Exception) -> SourceError:
         )
     if isinstance(error, LocalEntryNotFoundError):
         return SourceError(
-            f"{name!r} is not a local folder; the hub was not reached and the cache does not hold the model{at}",
+            f"{name!r} is not a local folder; the hub was not reached, the cache does not hold the model{at}",
             fix="go online once (unset HF_HUB_OFFLINE) to download it, or pass the path of a local copy",
         )
     if isinstance(error, EntryNotFoundError):

@@ -1,4 +1,4 @@
-"""pronghorn.json beside an adapter: which base it belongs to and how it was trained, so that nothing is guessed."""
+"""pronghorn.json beside an adapter: which base it belongs to and how it was trained."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FORMAT = 1
 class AdapterRecord:
     """What PEFT's own files do not say about an adapter.
 
-    ``base_name`` is what the user typed, ``base_path`` the folder the weights came from, ``base_revision`` the hub
-    commit (None for local folders), ``base_fingerprint`` a content fingerprint ("ph1:..."); ``tied`` is "keep" or
-    "untie" where tied embeddings were trained; ``trainable`` are the trained tensors by their names in the PEFT
-    model; ``vocab_rows`` is the number of embedding rows where the vocabulary was resized.
+    ``base_name`` is what the user typed, ``base_path`` the folder the weights came from, ``base_revision``
+    the hub commit (None for local folders), ``base_fingerprint`` a content fingerprint ("ph1:..."); ``tied``
+    is "keep" or "untie" where tied embeddings were trained; ``trainable`` are the trained tensors by their
+    names in the PEFT model; ``vocab_rows`` is the number of embedding rows where the vocabulary was resized.
     """
 
     base_name: str

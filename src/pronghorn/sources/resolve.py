@@ -1,4 +1,4 @@
-"""A name or path becomes a ``Source``: local files at a fixed revision, checked before anything is built from them."""
+"""A name or path becomes a ``Source``: local files at a fixed revision, checked before use."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def resolve(
 ) -> Source:
     """Find the files of a model or adapter: a local folder first, else a hub snapshot; then check them.
 
-    A local folder is never replaced by a hub model of the same name, and what looks like a path is never looked up
-    on the hub. HF_HUB_OFFLINE is obeyed.
+    A local folder is never replaced by a hub model of the same name, and what looks like a path is never
+    looked up on the hub. HF_HUB_OFFLINE is obeyed.
 
     Raises:
-        SourceError: nothing is there, or what is there is incomplete, damaged or hostile; the message names the file.
+        SourceError: nothing is there, or what is there is incomplete, damaged or hostile.
         NotSupportedError: the weights are quantised, or the adapter is no LoRA adapter.
     """
     text = os.fspath(name_or_path)
@@ -96,8 +96,9 @@ def resolve_base(
         actual = fingerprint(open_weights(found.path))
         if actual != record.base_fingerprint:
             raise AdapterError(
-                f"{found.path} is not the base the adapter {adapter.name} was trained on: the weights' fingerprint is "
-                f"{actual[:16]}..., recorded is {record.base_fingerprint[:16]}... ({record.base_name})",
+                f"{found.path} is not the base the adapter {adapter.name} was trained on: the weights' "
+                f"fingerprint is {actual[:16]}..., recorded is {record.base_fingerprint[:16]}... "
+                f"({record.base_name})",
                 fix="pass base= with the folder (or hub id) of the very base it was trained on",
             )
     return found
@@ -109,7 +110,7 @@ def _recorded(adapter: Source, record: AdapterRecord) -> tuple[str | Path, str |
     if record.base_revision and record.base_name:
         return record.base_name, record.base_revision
     raise AdapterError(
-        f"the adapter {adapter.name} was trained on {record.base_path or record.base_name!r}, which is not here",
+        f"the base of the adapter {adapter.name} is not here: {record.base_path or record.base_name!r}",
         fix="pass base= with the place of that model on this machine",
     )
 
@@ -134,7 +135,7 @@ def _configured(adapter: Source) -> tuple[str, str | None]:
 def inspect(
     folder: Path, *, name: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Source:
-    """Say what a local folder is, from its content, and check it; only JSON files and weight headers are read.
+    """Say what a local folder is, from its content, and check it; no weight is read.
 
     Raises:
         SourceError, NotSupportedError: as for ``resolve``.
@@ -144,7 +145,7 @@ def inspect(
     name = name or str(folder)
     if has_adapter and has_model_weights:
         raise SourceError(
-            f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}); loaders would apply the adapter on top",
+            f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}), which loaders would put on top",
             fix="move the adapter_* files into a folder of their own",
         )
     if has_adapter:

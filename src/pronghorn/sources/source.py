@@ -20,8 +20,8 @@ class SourceKind(str, Enum):
 class Source:
     """Local files of a model or an adapter.
 
-    ``name`` is what the user typed, ``path`` the folder that holds the files, ``revision`` the commit of a hub
-    snapshot (None for a local folder), ``config`` the parsed config.json or adapter_config.json.
+    ``name`` is what the user typed, ``path`` the folder that holds the files, ``revision`` the commit of a
+    hub snapshot (None for a local folder), ``config`` the parsed config.json or adapter_config.json.
     """
 
     kind: SourceKind
