@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -114,6 +114,28 @@ def test_adapter_features_are_understood(family: str, lora: dict[str, Any], tmp_
     case = Case(tmp_path, family, **lora)
     rows = case.rows()
     assert all(row.ok for row in rows.values()), rows
+
+
+def test_a_grown_vocabulary_is_grown_in_the_truth_too(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base", "llama", dtype=torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(520, mean_resizing=False)
+    options = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+    )
+    wrapped = get_peft_model(model, options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged = verify_model.load_with_adapter(base, tmp_path / "adapter").merge_and_unload().half()
+    merged.generation_config = GenerationConfig.from_pretrained(base)
+    merged.save_pretrained(tmp_path / "merged")
+    tiny.tokenizer().save_pretrained(tmp_path / "merged")
+    rows = compute_promises(tmp_path / "merged", tmp_path / "adapter", base)
+    assert all(row.ok for row in rows), rows
 
 
 def unmerged(case: Case, folder: Path) -> None:

@@ -26,7 +26,7 @@ _MAX_HALF_ULPS, _RMS_RATIO = 3.0, 1.1
 _FLOAT32_NOISE = 2.0**-20
 
 _LORA = re.compile(r"^base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
-_PLAIN = re.compile(r"^base_model\.model\.(.+?)(?:\.base_layer)?\.(weight|bias)$")
+_PLAIN = re.compile(r"^base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?\.(weight|bias)$")
 
 
 @dataclass
