@@ -205,3 +205,11 @@ def test_modules_to_save_win_over_targets_and_must_exist() -> None:
     assert {name.rpartition(".")[2] for name in found.modules} == {"q_proj"}
     with pytest.raises(AdapterError, match="modules_to_save names 'lm_haed'"):
         resolve_targets(model, LoraOptions(modules_to_save=["lm_haed"]))
+
+
+def test_what_peft_refuses_is_an_error_of_ours() -> None:
+    model = tiny.model("llama")
+    model.config.model_type = "falcon_h1"  # PEFT refuses out_proj and conv1d of Mamba-based models
+    model.model.layers[0].self_attn.out_proj = nn.Linear(64, 64)
+    with pytest.raises(AdapterError, match="PEFT refuses this adapter on LlamaForCausalLM: .*out_proj"):
+        attach_lora(model, LoraOptions(), say=None)

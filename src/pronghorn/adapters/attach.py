@@ -65,8 +65,14 @@ def attach_lora(
     origin = origin_of(model)
     options, targets, tied = settle(model, options, resolve_targets(model, options))
     config = _peft_config(model, options, targets, tied)
-    with _seeded(options.seed), peft_warnings():
-        wrapped = get_peft_model(model, config)
+    try:
+        with _seeded(options.seed), peft_warnings():
+            wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(
+            f"PEFT refuses this adapter on {type(model).__name__}: {error}",
+            fix="change target_modules, and load the model again: it may be wrapped in part",
+        ) from error
     _name_base(wrapped, origin)
     bind_save(wrapped, tied=tied)
     if say is not None:
