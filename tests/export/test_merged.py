@@ -245,6 +245,57 @@ def test_conv1d_weights_are_stored_the_other_way_round(tmp_path: Path) -> None:
     check_logits(tmp_path / "base", adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("hidden", [64, 48])
+@pytest.mark.filterwarnings("ignore")
+def test_experts_stored_as_one_tensor(hidden: int, tmp_path: Path) -> None:
+    """gpt-oss stores [experts, in, out]; at width 48 the down projection is square: no shape to go by."""
+    from transformers import AutoConfig
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt_oss", vocab_size=512, hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=128, layer_types=["sliding_attention", "full_attention"], sliding_window=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    assert tensors(tmp_path / "base")["model.layers.0.mlp.experts.down_proj"].shape == (4, 48, hidden)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = tiny.write_adapter(
+        tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"], target_parameters=targets
+    )
+    export(adapter, tmp_path / "merged", verify=False)
+    check_logits(tmp_path / "base", adapter, tmp_path / "merged", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_square_experts(family: str, tmp_path: Path) -> None:
+    sizes = (
+        {"intermediate_size": 64, "moe_intermediate_size": 64}
+        if family == "qwen3_moe"
+        else {"intermediate_size": 64}
+    )
+    base = tiny.write_base(tmp_path / "base", family, dtype=torch.float32, **sizes)
+    adapter = tiny.write_adapter(tmp_path / "adapter", base)
+    export(adapter, tmp_path / "merged", verify=False)
+    check_logits(base, adapter, tmp_path / "merged")
+
+
+def test_float16_that_overflows_is_refused(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base", "llama", dtype=torch.float16)
+    adapter = tiny.write_adapter(tmp_path / "adapter", base, target_modules=["v_proj"])
+    export(adapter, tmp_path / "fine", verify=False)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: one * 1e3 for name, one in load_file(file).items()}, file)
+    with pytest.raises(ExportError, match=r"v_proj\.weight would hold values beyond F16"):
+        export(adapter, tmp_path / "merged", verify=False)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_one_file_without_index(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base", "llama", shard="1GB", dtype=torch.float32)
     assert [path.name for path in base.glob("*.safetensors*")] == ["model.safetensors"]

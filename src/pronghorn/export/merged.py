@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from pronghorn.adapters.merge import FactorCache, merge_rows, tiles
+from pronghorn.errors import ExportError
 from pronghorn.export.layout import OutputShard, OutputTensor
 from pronghorn.export.plan import Change
 from pronghorn.weights.reader import TORCH_DTYPES, read_rows
@@ -180,12 +182,22 @@ class _Merge:
         for first, last in self.pieces:
             before = self._base_rows(first, last)
             merged = self._tile(before, first, last, columns).to(dtype).contiguous()
+            self._check_range(merged)
             changed += merged.numel() - _same_bits(before, merged[: len(before)])
             data = merged.view(torch.uint8).numpy().data.cast("B")
             write_all(target, data, entry.start + first * row_bytes)
         count = self.pieces[-1][1] - self.pieces[0][0]
         self.writer.counts.add(entry.name, count * columns, changed)
         return count * row_bytes
+
+    def _check_range(self, merged: torch.Tensor) -> None:
+        """float16 ends at 65504, and DoRA divides by a norm; other updates of finite values stay finite."""
+        risky = merged.dtype is torch.float16 or (self.change.update and self.change.update.pair.magnitude)
+        if risky and not bool(torch.isfinite(merged).all()):
+            raise ExportError(
+                f"{self.tensor.entry.name} would hold values beyond {self.tensor.entry.dtype}, or NaN",
+                fix="merge into the bfloat16 version of the base",
+            )
 
     def _base_rows(self, first: int, last: int) -> torch.Tensor:
         """The base's rows; fewer (or none) where the vocabulary was resized beyond them."""
@@ -234,14 +246,32 @@ def _flat(entry: TensorEntry) -> TensorEntry:
 def zero_updates(adapter: Shard) -> tuple[set[str], list[str]]:
     """Names of the adapter's tensors that are all zero, and of those that hold a NaN or an infinity."""
     zero, broken = set(), []
-    for name, entry in adapter.tensors.items():
-        flat, largest = _flat(entry), 0.0
-        for first, last in tiles(*flat.shape):
-            # one pass; min and max carry a NaN along
-            low, high = torch.aminmax(read_rows(adapter, flat, first, last))
-            largest = max(largest, -float(low), float(high)) if math.isfinite(low + high) else math.inf
-        if math.isinf(largest):
-            broken.append(name)
-        elif largest == 0:
-            zero.add(name)
+    with _one_thread():
+        for name, entry in adapter.tensors.items():
+            largest = max(
+                (_largest(adapter, _flat(entry), *rows) for rows in tiles(*_flat(entry).shape)), default=0.0
+            )
+            if math.isinf(largest):
+                broken.append(name)
+            elif largest == 0:
+                zero.add(name)
     return zero, broken
+
+
+def _largest(adapter: Shard, entry: TensorEntry, first: int, last: int) -> float:
+    """The largest magnitude in some rows; infinity where one is NaN (min and max carry it along)."""
+    if first == last:
+        return 0.0
+    low, high = map(float, torch.aminmax(read_rows(adapter, entry, first, last)))
+    return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiles are too small to share: on a busy machine a team of threads waits 10 ms where one needs 0.1."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
