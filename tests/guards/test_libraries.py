@@ -22,7 +22,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),
     "typer": ("cli.",),
-    "rich": ("cli.tables", "data.report", "training.progress"),
+    "rich": ("cli.tables", "data.inspect", "data.report", "training.progress"),
     "pydantic": ("data.options", "training.config", "training.config_errors"),
     "yaml": ("training.config", "training.run"),
     "numpy": ("export.merged",),
