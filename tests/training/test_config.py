@@ -175,10 +175,16 @@ def test_the_command_prints_schema_and_resolved_config_and_trains_nothing(tmp_pa
     shown = CliRunner().invoke(app, ["train", "--schema"])
     assert json.loads(shown.stdout)["properties"].keys() == RunConfig.model_fields.keys()
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
-    printed = CliRunner().invoke(app, ["train", str(path), "training.epochs=3", "--dry-run"])
+    printed = CliRunner().invoke(
+        app, ["train", str(path), "training.epochs=3", "--skip-bad", "4", "--dry-run"]
+    )
     assert printed.exit_code == 0
     resolved = yaml.safe_load(printed.stdout)
-    assert resolved["training"]["epochs"] == 3 and resolved["lora"]["r"] == 16
+    assert (
+        resolved["training"]["epochs"] == 3
+        and resolved["data"]["skip_bad"] == 4
+        and resolved["lora"]["r"] == 16
+    )
     assert sorted(item.name for item in tmp_path.iterdir()) == ["run.yaml"]
 
 
