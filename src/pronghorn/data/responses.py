@@ -2,8 +2,8 @@
 
 What is left of such rows is ids, so here, and only here, turns are found by the text around them: by default
 the text that the chat template itself writes between two turns, and each answer ends with its end token.
-Positions are mapped to tokens by offsets, so merged tokens do not hide a turn. ``pronghorn.train`` needs none of
-this.
+Positions are mapped to tokens by offsets, so merged tokens do not hide a turn.
+``pronghorn.train`` needs none of this.
 """
 
 from __future__ import annotations
