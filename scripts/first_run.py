@@ -55,14 +55,25 @@ def prepare(folder: Path) -> None:
 def session() -> list[str]:
     """What is typed: a look at the files, one interrupted training, then the README's commands."""
     typed = [line for line in commands(README.read_text(encoding="utf-8")) if line.startswith("pronghorn ")]
-    asked = typed[-1].split(" --prompt ")[0] + ' --prompt "What does EACCES mean?"'
-    return ["ls", "head -n 2 rows.jsonl", "cat run.yaml", typed[0], *typed[:-1], asked, "ls merged/first"]
+    train = f"{typed[0]} training.epochs=30 training.learning_rate=5e-3"  # a tiny model wants more
+    asked = typed[-1].split(" --prompt ")[0] + ' --prompt "What does HTTP status 404 mean?"'
+    return [
+        "ls",
+        "head -n 2 rows.jsonl",
+        "cat run.yaml",
+        train,
+        train,
+        *typed[1:-1],
+        asked,
+        "ls merged/first",
+    ]
 
 
 def run(command: str, folder: Path, *, interrupt: bool = False) -> str:
     """One command's output and exit code; ``interrupt`` presses Ctrl+C once ten steps are done."""
     path = f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "110", "PATH": path}
+    environment["HF_HOME"] = str(folder / ".cache")  # nothing tokenised before
     with tempfile.TemporaryFile("w+") as output:
         # exec: the signal must reach the command, not a shell around it
         process = subprocess.Popen(
@@ -75,8 +86,9 @@ def run(command: str, folder: Path, *, interrupt: bool = False) -> str:
             process.send_signal(signal.SIGINT)
         code = process.wait()
         output.seek(0)
-        text = output.read().replace(f"{folder}/", "")
-    return f"$ {command}\n{'^C' if interrupt else ''}{text}" + (f"[exit code {code}]\n" if code else "")
+        text = re.sub(r".*\r.*\n?", "", output.read()).replace(f"{folder}/", "")  # without progress bars
+    note = "  # Ctrl+C after ten steps" if interrupt else ""
+    return f"$ {command}{note}\n{text}" + (f"[exit code {code}]\n" if code else "")
 
 
 def transcript(folder: Path) -> str:
@@ -96,8 +108,8 @@ def main(folder: str, out: str) -> None:
         "# A first run\n\n"
         "The README's steps in a folder with a model and rows of one's own, written by\n"
         "`python scripts/first_run.py FOLDER docs/first-run.md`. The model here is the demo's tiny base, so\n"
-        "the answers are modest; every step is the same with a large one. The first training is interrupted\n"
-        "on purpose.\n\n"
+        "the learning rate is high and the answers are modest; every step is the same with a large one. The\n"
+        "first training is interrupted on purpose.\n\n"
         f"```text\n{text.rstrip()}\n```\n",
         encoding="utf-8",
     )
