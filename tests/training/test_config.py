@@ -37,6 +37,10 @@ def test_three_lines_are_a_run_and_the_rest_has_defaults() -> None:
     )
 
 
+def test_a_bare_text_stands_for_the_model_name_and_the_folder() -> None:
+    assert parse_config({**MINIMAL, "model": "base", "output": "runs/a"}) == parse_config(MINIMAL)
+
+
 def test_yaml_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(MINIMAL) + "training: {learning_rate: 1e-4, epsilon: '1e-6'}\n")
     assert load_config(path).training.learning_rate == 1e-4
