@@ -2,8 +2,8 @@
 
     python benchmarks/data.py [ROWS]
 
-Words of the standard library, a byte-level BPE of 8000 tokens trained on them, ChatML. Wall time depends on what
-else the machine does, the CPU time of this process (without the renderer's) much less.
+Words of the standard library, a byte-level BPE of 8000 tokens trained on them, ChatML. Wall time depends on
+what else the machine does, the CPU time of this process (without the renderer's) much less.
 """
 
 from __future__ import annotations
