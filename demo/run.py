@@ -190,7 +190,7 @@ def measure_after(held_out: Rows, before: float, earlier: list[str]) -> float:
         table.add_row(*(escape(cell) for cell in cells))
     console.print(table)
     say(
-        "So few weights learn how a docstring is put, in English instead of code; for facts take a larger base."
+        "So few weights learn how a docstring is put, English instead of code; facts take a larger base."
     )
     gain = 1 - after / before
     trained = [row["eval_loss"] for row in metrics() if "eval_loss" in row]
