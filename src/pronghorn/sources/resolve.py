@@ -191,6 +191,11 @@ def _no_config(folder: Path) -> SourceError:
         return SourceError(
             f"{folder} has no {BASE_CONFIG}; there is an adapter in it", fix=f"use {folder / inside[0]}"
         )
+    if sealed := max(folder.glob(f"checkpoints/*/{ADAPTER_CONFIG}"), key=os.path.getmtime, default=None):
+        return SourceError(
+            f"{folder} is a run that has no adapter yet",
+            fix=f"train it to its end, or use its checkpoint {sealed.parent}",
+        )
     return SourceError(
         f"{folder} has neither {BASE_CONFIG} nor {ADAPTER_CONFIG}",
         fix="pass the folder of a complete model or adapter",
