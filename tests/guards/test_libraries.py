@@ -18,7 +18,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trl": ("training.trainer",),
     "accelerate": (),
     "datasets": ("data.prepare", "data.rows", "data.store"),
-    "pyarrow": ("data.rows", "data.store"),
+    "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),
     "typer": ("cli.",),
