@@ -92,7 +92,9 @@ def model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **o
     with torch.no_grad():
         for parameter in built.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.2 * noise if parameter.dim() < 2 else noise / parameter.shape[-1] ** 0.5)
+            parameter.copy_(
+                parameter + 0.2 * noise if parameter.dim() < 2 else noise / parameter.shape[-1] ** 0.5
+            )
     return built.to(dtype).eval()
 
 

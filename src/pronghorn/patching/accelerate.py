@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pronghorn.errors import ConfigError, NotSupportedError
 from pronghorn.patching import attentions, head, linears, mlps, norms
-from pronghorn.patching.adapted import is_adapted, linear_shape
+from pronghorn.patching.adapted import is_adapted, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked
 from pronghorn.patching.proof import Build, Verdict, prove
 from pronghorn.patching.report import Part, PatchReport
@@ -148,6 +148,9 @@ class Prover:
     def _mlp(self, name: str, module: nn.Module, tile: int | None) -> tuple[str, list[InstanceForward]]:
         if (why := self._unreachable(name)) is not None:
             return why, []
+        for child in module.children():
+            if linear_shape(child) and isinstance(state := lora_part(child, training=True), Declined):
+                return str(state), []
         form = mlps.fit_mlp(module, self.trace.shapes[name])
         if isinstance(form, Declined):
             return str(form), []
