@@ -75,6 +75,16 @@ def flat_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def like_input(rows: Tensor, shape: torch.Size) -> Tensor:
+    """``[rows, n]`` as ``[*shape[:-1], n]``, without being a view of it.
+
+    A model may scale the result in place (Gemma 3n does), which autograd forbids for views made inside a
+    function.
+    """
+    out: Tensor = torch.ops.aten._unsafe_view(rows, (*shape[:-1], rows.shape[-1]))
+    return out
+
+
 def grad_needed(*tensors: Tensor | None) -> bool:
     """Whether a backward through any of these can happen."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

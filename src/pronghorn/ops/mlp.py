@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.ops.graph import Held, Node, flat_rows, record, release, saved, source_of
+from pronghorn.ops.graph import Held, Node, flat_rows, like_input, record, release, saved, source_of
 from pronghorn.ops.lora import (
     apply_parts,
     backward_parts,
@@ -109,7 +109,7 @@ class _Inner(torch.autograd.Function):
         ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
         ctx.layout, ctx.activation, ctx.unpacked, ctx.rebuild = layout, activation, None, _rebuild_inner
         inner = _gate_up(outputs, layout, activation)
-        return inner.view(*x.shape[:-1], inner.shape[-1])
+        return like_input(inner, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
@@ -151,7 +151,7 @@ class _Tiled(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
         ctx.layout, ctx.activation, ctx.tile_rows, ctx.unpacked = layout, activation, tile_rows, None
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return like_input(out, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.patching.report import PatchReport
+from pronghorn.patching.report import Choice, PatchReport
 
 
 def base_of(model: Any) -> Any:
@@ -21,10 +21,9 @@ class AdapterWatch:
 
     kind = "watch"
 
-    def __init__(self, report: PatchReport, kinds: tuple[str, ...], tile: int | None) -> None:
+    def __init__(self, report: PatchReport, choice: Choice) -> None:
         self.report = report
-        self.kinds = kinds
-        self.tile = tile
+        self.choice = choice
         self.adapters: tuple[str, ...] = ()
         self.busy = False
 
@@ -45,7 +44,7 @@ class AdapterWatch:
             self.report.switches = [switch for switch in self.report.switches if switch.kind != self.kind]
             self.report.undo()
             self.report.parts = []
-            plan(model, self.report, self.kinds, self.tile)
+            plan(model, self.report, self.choice)
             self.report.switches += keep
             self.adapters = adapters_of(model)
         finally:
@@ -70,9 +69,9 @@ def adapters_of(model: Any) -> tuple[str, ...]:
     return tuple(sorted(getattr(model, "peft_config", None) or ()))
 
 
-def watch(base: Any, report: PatchReport, kinds: tuple[str, ...], tile: int | None) -> None:
+def watch(base: Any, report: PatchReport, choice: Choice) -> None:
     """Put the watch on ``base``; ``report.undo`` takes it off."""
-    observer = AdapterWatch(report, kinds, tile)
+    observer = AdapterWatch(report, choice)
     observer.adapters = adapters_of(base)
     report.switches.append(WatchSwitch(base.register_forward_pre_hook(observer)))
 

@@ -1,0 +1,1 @@
+"""Which activations are kept, recomputed or moved to host memory, and how many bytes that takes."""
