@@ -233,7 +233,9 @@ def build(family: str) -> Any:
     targets = [
         name
         for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and module is not model.get_output_embeddings()
+        if type(module).__name__ in ("Linear", "Conv1D")
+        and not name.endswith("mamba.out_proj")
+        and module is not model.get_output_embeddings()
     ]
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     return get_peft_model(model.float(), lora)

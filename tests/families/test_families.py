@@ -7,7 +7,7 @@ import pytest
 
 from tests.families.table import FAMILIES, Row, examine
 
-# one of each make: gated, biased, 1 + w, soft caps, fused, LayerNorm, ungated, per-head norms, sinks, latent, hybrid
+# one of each make: biased, 1 + w and soft caps, fused, LayerNorm, ungated, sinks, latent, hybrid
 QUICK = (
     "qwen2",
     "gemma2",

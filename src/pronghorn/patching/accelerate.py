@@ -20,8 +20,8 @@ from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
 from pronghorn.patching.watch import base_of, current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
 
-# what turns q and k is a function of the model's file, called by name: no instance of it exists to be replaced
-ROPE_LEFT = "applied by a module-level function of transformers: replacing it would reach other models"
+# what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
+ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
 REPLACEABLE = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss")
 
 

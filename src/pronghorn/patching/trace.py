@@ -35,7 +35,7 @@ def sample_batch(model: Any, rows: int = 1, tokens: int = TOKENS, seed: int = 0)
     # the last ids of a vocabulary are often placeholders for images or sound
     last = max(4, min(int(config.vocab_size), embeddings.shape[0]) - 6)
     ids = torch.randint(3, last, (rows, tokens), generator=generator).to(embeddings.device)
-    return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": ids.clone()}
 
 
 def trace(model: nn.Module, batch: dict[str, Tensor]) -> Trace:
