@@ -250,9 +250,10 @@ class Row:
     problem: str = ""
 
     def replaced(self, *kinds: str) -> bool:
-        """Whether every part found of these kinds is replaced, and there is one."""
-        counts = [self.report.count(kind) for kind in kinds] if self.report else []
-        return any(found for found, _ in counts) and all(found == replaced for found, replaced in counts)
+        """Whether every part of these kinds that a text input reaches is replaced, and there is one."""
+        parts = [part for kind in kinds for part in (self.report.layers(kind) if self.report else [])]
+        reached = [part.replaced for part in parts if part.reason != "not reached by a text input"]
+        return bool(reached) and all(reached)
 
     def __str__(self) -> str:
         if self.report is None:
@@ -284,7 +285,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     for kind in KINDS:
         complete = sum(row.replaced(kind) for row in rows)
-        print(f"\n{kind}: everything found was replaced in {complete} of {len(rows)}")
+        print(f"\n{kind}: everything a text input reaches was replaced in {complete} of {len(rows)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ QUICK = (
     "qwen3_next",
 )
 # what the whole list must reach, of the 61 families that transformers 5.23 builds
-REACH = {"norm": 50, "attention": 59, "loss": 61}
+REACH = {"norm": 55, "attention": 60, "mlp": 48, "loss": 61}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pronghorn.errors import ConfigError, NotSupportedError
-from pronghorn.memory.recompute import RecomputeSwitch, make_plan
+from pronghorn.memory.layers import RecomputeSwitch, make_plan
 from pronghorn.patching import attentions, head, linears, mlps, norms
 from pronghorn.patching.adapted import is_adapted, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked

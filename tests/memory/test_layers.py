@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from pronghorn.errors import ConfigError
-from pronghorn.memory.recompute import RecomputePlan, layers_of, saved_bytes
+from pronghorn.memory.layers import RecomputePlan, layers_of, saved_bytes
 from pronghorn.patching.accelerate import accelerate
 from tests.patching.build import adapted, assert_same, batch, step
 
