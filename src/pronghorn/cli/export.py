@@ -1,0 +1,57 @@
+"""``pronghorn export``: adapter in, complete and verified folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pronghorn.export.report import ExportReport
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="The trained adapter's folder.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="What to write.")] = "merged_16bit",
+    base: Annotated[
+        str | None, typer.Option(help="The base; by default the one recorded with the adapter.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    adapter_name: Annotated[
+        str | None, typer.Option(help="Which adapter, where the folder holds several.")
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
+) -> None:
+    """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
+    from pronghorn.cli.tables import print_table
+    from pronghorn.export.run import export as run
+
+    report = run(
+        adapter,
+        target,
+        format=format_,
+        base=base,
+        overwrite=overwrite,
+        adapter_name=adapter_name,
+        verify=not no_verify,
+    )
+    print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
+    if report.checks:
+        print_table(
+            "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
+        )
+
+
+def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:
+    yield "base", report.base
+    yield "tensors merged / copied", f"{report.tensors_merged} / {report.tensors_copied}"
+    yield "written", f"{report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s"
+    if report.changed_share is not None:
+        yield "elements changed", f"{report.changed_share:.2%} of the merged tensors"
+    yield from (("changed", change) for change in report.changes)
+    yield from (("left out", name) for name in report.left_out)
+    yield from (("warning", warning) for warning in report.warnings)
+    yield "verified", report.verified

@@ -1,0 +1,265 @@
+"""Does a folder keep its promises? The public ``verify`` and ``python -m pronghorn.export.verify``.
+
+The shallow part reads headers and JSON files in this process, without torch. The deep part computes, and
+always runs in a fresh Python process, so that nothing patched or cached here can hide a fault. Every promise
+is one small function; the lists below are the whole order of service.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pronghorn.errors import PronghornError, SourceError, VerificationError
+from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row
+from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
+from pronghorn.export.verify_weights import (
+    config_sane,
+    dtype_agrees,
+    index_exact,
+    layers_complete,
+    no_adapter_beside,
+    no_peft_names,
+    no_stale_weights,
+    quantization_agrees,
+    same_as_base,
+    shards_complete,
+    tying_agrees,
+    vocabulary_agrees,
+)
+
+MODEL_PROMISES: tuple[Promise, ...] = (
+    shards_complete,
+    index_exact,
+    config_sane,
+    no_stale_weights,
+    no_adapter_beside,
+    no_peft_names,
+    layers_complete,
+    quantization_agrees,
+    dtype_agrees,
+    vocabulary_agrees,
+    tying_agrees,
+    tokenizer_present,
+    special_ids_agree,
+    template_parses,
+)
+MODEL_PROMISES_WITH_BASE: tuple[Promise, ...] = (same_as_base,)
+ADAPTER_PROMISES: tuple[Promise, ...] = (adapter_config_sane, adapter_complete, pairs_fit)
+ADAPTER_PROMISES_WITH_BASE: tuple[Promise, ...] = (pairs_fit_base,)
+
+_RECORD = "pronghorn.json"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked in ``folder`` (``kind``: "model" or "adapter"), one row per promise."""
+
+    folder: Path
+    kind: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Every promise was checked and kept."""
+        return all(row.ok is True for row in self.rows)
+
+    @property
+    def first_failure(self) -> Row | None:
+        """The first broken promise; without one, the first that could not be checked."""
+        broken = [row for row in self.rows if row.ok is False]
+        return next(iter(broken + [row for row in self.rows if row.ok is None]), None)
+
+    def raise_if_broken(self, *, allow_unverified: bool = False) -> None:
+        """Raise for the first broken promise, or for one that could not be checked unless that is allowed.
+
+        Raises:
+            VerificationError: the message names the folder, the promise and what is wrong.
+        """
+        failure = self.first_failure
+        if failure is None or (failure.ok is None and allow_unverified):
+            return
+        if failure.ok is None:
+            raise VerificationError(
+                f"{self.folder}: not verified: {failure.name}: {failure.detail}",
+                fix="remove the cause, or accept the folder unverified with --allow-unverified",
+            )
+        raise VerificationError(
+            f"{self.folder} breaks a promise: {failure.name}: {failure.detail}",
+            fix="write the folder again with pronghorn export, or repair the file that is named",
+        )
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps(
+            {"folder": str(self.folder), "kind": self.kind, "passed": self.passed, "rows": rows}
+        )
+
+    def __str__(self) -> str:
+        marks = {True: "ok", False: "BROKEN", None: "not verified"}
+        lines = [f"{self.folder} ({self.kind})"]
+        lines += [f"  {marks[row.ok]:<12}  {row.name}: {row.detail}" for row in self.rows]
+        return "\n".join(lines)
+
+
+def verify(
+    folder: str | Path,
+    *,
+    deep: bool = False,
+    against: str | Path | None = None,
+    base: str | Path | None = None,
+) -> VerifyReport:
+    """Check a model or adapter folder, made by pronghorn or by any other tool.
+
+    Args:
+        folder: Merged, base or adapter folder.
+        deep: Also load it, in a fresh process, and compare what it computes.
+        against: The adapter folder that it was merged from. With ``deep``, logits and greedy answers must be
+            those of base + adapter, computed by plain PEFT in float32.
+        base: The base folder. By default the one recorded beside the adapter.
+
+    Raises:
+        SourceError: ``folder``, ``against`` or ``base`` is not a folder.
+    """
+    path = _existing(folder, "folder")
+    adapter = _adapter_folder(_existing(against, "adapter")) if against is not None else None
+    base_path = _existing(base, "base") if base is not None else _recorded_base(adapter or path)
+    if deep:
+        return _in_fresh_process(path, adapter, base_path)
+    return check_files(path, base_path)
+
+
+def check_files(folder: Path, base: Path | None) -> VerifyReport:
+    """The shallow part: headers and JSON files only."""
+    view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
+    if view.is_adapter:
+        promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
+    else:
+        promises = MODEL_PROMISES + (MODEL_PROMISES_WITH_BASE if view.base else ())
+    rows = [promise(view) for promise in promises]
+    for promise, row in zip(promises, rows, strict=True):
+        if promise is layers_complete and row.ok is False and all(r.ok for r in rows if r is not row):
+            rows[rows.index(row)] = _asked_class(folder, row)
+    return VerifyReport(folder, "adapter" if view.is_adapter else "model", tuple(rows))
+
+
+def _asked_class(folder: Path, row: Row) -> Row:
+    """Layers may differ by design: the class itself decides, in a process of its own (it loads torch)."""
+    command = [sys.executable, "-m", "pronghorn.export.verify_class", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
+    try:
+        answer = Row(**json.loads(done.stdout.strip().splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        return row
+    if answer.ok:
+        return Row(row.name, True, f"layers differ as their class wants them ({answer.detail})")
+    return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}")
+
+
+def _existing(folder: str | Path, what: str) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise SourceError(
+            f"{what} {str(folder)!r} is not a folder", fix="give the path of an existing folder"
+        )
+    return path.resolve()
+
+
+def _adapter_folder(path: Path) -> Path:
+    """The folder itself, or its only subfolder with an adapter (PEFT puts named adapters one level down)."""
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    inner = sorted(config.parent for config in path.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(inner) != 1:
+        names = ", ".join(folder.name for folder in inner) or "no adapter"
+        raise SourceError(
+            f"{path} holds {names}, expected one {ADAPTER_CONFIG}", fix="give the adapter's own folder"
+        )
+    return inner[0]
+
+
+def _recorded_base(folder: Path) -> Path | None:
+    """The local base folder an adapter names: in pronghorn's record first, then in adapter_config.json."""
+    for file, keys in ((_RECORD, ("base_path", "base_name")), (ADAPTER_CONFIG, ("base_model_name_or_path",))):
+        for place in (folder, folder.parent):
+            try:
+                record = json.loads((place / file).read_bytes())
+            except (OSError, ValueError):
+                continue
+            for key in keys:
+                value = record.get(key) if isinstance(record, dict) else None
+                if isinstance(value, str) and value and (Path(value) / "config.json").is_file():
+                    return Path(value).resolve()
+            break
+    return None
+
+
+def _in_fresh_process(folder: Path, against: Path | None, base: Path | None) -> VerifyReport:
+    command = [sys.executable, "-m", "pronghorn.export.verify", str(folder), "--deep", "--json"]
+    command += ["--against", str(against)] if against else []
+    command += ["--base", str(base)] if base else []
+    done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
+    try:
+        report = json.loads(done.stdout.strip().splitlines()[-1])
+        return VerifyReport(folder, report["kind"], tuple(Row(**row) for row in report["rows"]))
+    except (IndexError, ValueError, KeyError, TypeError):
+        said = done.stderr.strip().splitlines()
+        reason = (
+            f"the checking process ended with code {done.returncode}: {said[-1] if said else 'no message'}"
+        )
+        files = check_files(folder, base)
+        return VerifyReport(folder, files.kind, (*files.rows, Row("the deep check ran", None, reason)))
+
+
+def _offline() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m pronghorn.export.verify``: print the table; 0 when every promise is kept."""
+    parser = argparse.ArgumentParser(prog="pronghorn.export.verify", description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--deep", action="store_true", help="load it and compare what it computes")
+    parser.add_argument("--against", help="the adapter folder it was merged from")
+    parser.add_argument("--base", help="the base folder; by default the recorded one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument(
+        "--allow-unverified", action="store_true", help="0 although something was not checked"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        report = _run_here(options)
+        print(report.to_json() if options.json else report)
+        report.raise_if_broken(allow_unverified=options.allow_unverified)
+    except PronghornError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run_here(options: argparse.Namespace) -> VerifyReport:
+    """Shallow, then deep, both in this process: it is the fresh one. Broken files are not loaded."""
+    report = verify(options.folder, against=options.against, base=options.base)
+    if not options.deep:
+        return report
+    if any(row.ok is False for row in report.rows):
+        skipped = Row("the deep check ran", None, "a promise about the files is broken; it was not loaded")
+        return VerifyReport(report.folder, report.kind, (*report.rows, skipped))
+    from pronghorn.export.verify_deep import compute_promises
+
+    adapter = _adapter_folder(_existing(options.against, "adapter")) if options.against else None
+    base = _existing(options.base, "base") if options.base else _recorded_base(adapter or report.folder)
+    rows = compute_promises(report.folder, adapter, base)
+    return VerifyReport(report.folder, report.kind, report.rows + rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

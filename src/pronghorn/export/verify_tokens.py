@@ -1,0 +1,161 @@
+"""Promises about the tokenizer, the special token ids and the chat template of a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pronghorn.export.verify_folder import Finding, Folder, UnreadableError, promise, read_json, verdict
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+_SPECIAL = ("bos_token", "eos_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Token text -> id, and the special tokens by name, as the tokenizer files give them."""
+
+    ids: dict[str, int]
+    special: dict[str, str]
+
+    def id_of(self, name: str) -> int | None:
+        """The id of ``bos_token`` and so on; None when none is named, or its id is not readable here."""
+        return self.ids.get(self.special.get(name, ""))
+
+
+def token_table(folder: Folder) -> TokenTable:
+    """Read tokenizer.json, tokenizer_config.json, added_tokens.json and special_tokens_map.json."""
+    whole, settings = folder.json("tokenizer.json"), folder.json("tokenizer_config.json")
+    model = whole.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else folder.json("vocab.json")
+    ids: dict[str, int] = {}
+    if isinstance(vocabulary, dict):
+        ids.update(vocabulary)
+    elif isinstance(vocabulary, list):  # unigram models: a list of [text, score]
+        ids.update({entry[0]: position for position, entry in enumerate(vocabulary)})
+    ids.update(folder.json("added_tokens.json"))
+    decoder = settings.get("added_tokens_decoder", {})
+    ids.update({str(token.get("content")): int(number) for number, token in decoder.items()})
+    ids.update({token["content"]: token["id"] for token in whole.get("added_tokens", [])})
+    given = {**folder.json("special_tokens_map.json"), **settings}
+    texts = {
+        name: given[name]["content"] if isinstance(given[name], dict) else given[name]
+        for name in given
+        if name in _SPECIAL
+    }
+    return TokenTable(ids, {name: text for name, text in texts.items() if isinstance(text, str)})
+
+
+@promise("tokenizer files are present and parse")
+def tokenizer_present(folder: Folder) -> Finding:
+    """The tokenizer's files are there, parse, and hold tokens."""
+    found = [file for file in _VOCABULARIES if file in folder.names]
+    problems = [] if found else ["no tokenizer.json (or other vocabulary file)"]
+    if "tokenizer_config.json" not in folder.names:
+        problems.append("tokenizer_config.json is missing")
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        try:
+            folder.json(file)
+        except UnreadableError as error:
+            problems.append(str(error))
+    if not problems and "tokenizer.json" in found and not token_table(folder).ids:
+        problems.append("tokenizer.json holds no token")
+    return verdict(problems, ", ".join(found))
+
+
+@promise("special token ids agree in every file")
+def special_ids_agree(folder: Folder) -> Finding:
+    """bos, eos and pad ids are in range, and the same in config.json, generation_config.json and tokenizer.
+
+    Several end ids are common (a turn's end and the text's end): then the sets must share the tokenizer's.
+    """
+    config = {**folder.text_config, **{k: v for k, v in folder.config.items() if v is not None}}
+    generation, table = folder.json("generation_config.json"), token_table(folder)
+    problems, told = [], []
+    for token in _SPECIAL:
+        stated = {
+            "config.json": _as_set(config.get(f"{token}_id")),
+            "generation_config.json": _as_set(generation.get(f"{token}_id")),
+            "the tokenizer": _as_set(table.id_of(token)),
+        }
+        stated = {where: ids for where, ids in stated.items() if ids}
+        if token in table.special and table.id_of(token) is None and table.ids:
+            problems.append(f"{token} {table.special[token]!r} is not in the vocabulary")
+        if stated and not set.intersection(*stated.values()):
+            told_ids = ", ".join(f"{sorted(ids)} in {where}" for where, ids in stated.items())
+            problems.append(f"{token}_id differs: {told_ids}")
+        size = config.get("vocab_size")
+        every = set().union(*stated.values())
+        if isinstance(size, int):
+            problems += [
+                f"{token}_id {i} is outside the vocabulary of {size}" for i in every if i >= size or i < 0
+            ]
+        if every:
+            told.append(f"{token.removesuffix('_token')} {'/'.join(map(str, sorted(every)))}")
+    return verdict(problems, ", ".join(told) or "none stated")
+
+
+def _as_set(value: Any) -> set[int]:
+    """The ids of a config entry: a number, a list or nothing. -1 is the old way to write nothing."""
+    values = value if isinstance(value, list) else [value]
+    return {number for number in values if isinstance(number, int) and number != -1}
+
+
+def chat_templates(folder: Folder) -> dict[str, str]:
+    """Every chat template of the folder, by where it is written."""
+    found: dict[str, str] = {}
+    if "chat_template.jinja" in folder.names:
+        found["chat_template.jinja"] = (folder.path / "chat_template.jinja").read_text(encoding="utf-8")
+    extra = folder.path / "additional_chat_templates"
+    for path in sorted(extra.glob("*.jinja")) if extra.is_dir() else ():
+        found[f"additional_chat_templates/{path.name}"] = path.read_text(encoding="utf-8")
+    for file in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        value = read_json(folder.path / file).get("chat_template") if file in folder.names else None
+        if isinstance(value, str):
+            found[file] = value
+        elif isinstance(value, list):
+            found.update({f"{file} ({entry['name']})": entry["template"] for entry in value})
+    return found
+
+
+@promise("chat template parses")
+def template_parses(folder: Folder) -> Finding:
+    """Every chat template is valid Jinja."""
+    templates = chat_templates(folder)
+    if not templates:
+        return True, "no chat template"
+    try:
+        problems = list(_syntax_errors(templates))
+    except ImportError:
+        return None, "jinja2 is not installed"
+    return verdict(problems, ", ".join(templates))
+
+
+def _syntax_errors(templates: dict[str, str]) -> Iterable[str]:
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """transformers' own block tag: ``{% generation %}`` marks what the assistant said."""
+
+        tags = {"generation"}  # noqa: RUF012 - the name and type are jinja2's
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = Environment(extensions=[Generation, loopcontrols])
+    for where, text in templates.items():
+        try:
+            environment.parse(text)
+        except TemplateSyntaxError as error:
+            yield f"{where}, line {error.lineno}: {error.message}"
