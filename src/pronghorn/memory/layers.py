@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pronghorn.errors import ConfigError
+from pronghorn.memory import recompute
 
 Mode = Literal["full", "unsloth", "auto"]
 MODES: tuple[Mode, ...] = ("full", "unsloth", "auto")
+# the method that every supported transformers calls, or forwards to, when it is set on the instance
+OVERRIDDEN = "gradient_checkpointing_enable"
 # of what is free when the run begins; the rest is for the loss, the optimizer and fragmentation
 BUDGET_SHARE = 0.5
 
@@ -92,22 +95,25 @@ class RecomputeSwitch:
 
     def __call__(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """What transformers and trainers call; ours is always non-reentrant, whatever they ask for."""
-        model = self.model
-        type(model).gradient_checkpointing_enable(
-            model, gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-        for index, layer in enumerate(layers_of(model)):
+        # the stock switch would come back to this override as long as it is there
+        overridden = self.model.__dict__.pop(OVERRIDDEN, None)
+        try:
+            recompute.enable(self.model)
+        finally:
+            if overridden is not None:
+                object.__setattr__(self.model, OVERRIDDEN, overridden)
+        for index, layer in enumerate(layers_of(self.model)):
             layer._gradient_checkpointing_func = LayerFunction(self.plan, index)
 
     def on(self) -> None:
         """Recompute from now on."""
-        object.__setattr__(self.model, "gradient_checkpointing_enable", self)
+        object.__setattr__(self.model, OVERRIDDEN, self)
         self()
 
     def off(self) -> None:
         """Keep everything again."""
-        self.model.__dict__.pop("gradient_checkpointing_enable", None)
-        self.model.gradient_checkpointing_disable()
+        self.model.__dict__.pop(OVERRIDDEN, None)
+        recompute.disable(self.model)
         for layer in layers_of(self.model):
             layer.__dict__.pop("_gradient_checkpointing_func", None)
 
