@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -277,6 +278,10 @@ def examine(family: str) -> Row:
 def main() -> None:
     """Print the table as Markdown."""
     names = sys.argv[1:] or FAMILIES
+    print("# Families\n")
+    print("What `pronghorn.accelerate` replaces (replaced/found) on a tiny model of each family with LoRA on")
+    print(f"every linear, transformers {transformers.__version__}, peft {peft.__version__}. Made by")
+    print("`python -m tests.families.table > docs/families.md`.\n")
     print("| family | " + " | ".join(KINDS) + " | left, and why |")
     print("|---" * (len(KINDS) + 2) + "|")
     rows = []
