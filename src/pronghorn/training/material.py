@@ -17,6 +17,7 @@ from pronghorn.data.prepare import prepare
 from pronghorn.data.templates import choose_template
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
+from pronghorn.patching.accelerate import accelerate
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
@@ -75,9 +76,13 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     narrator.show(prepared.report)
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
-    return Material(
-        model, tokenizer, prepared.train, prepared.eval, _manifest(config, model, prepared.report)
-    )
+    manifest = _manifest(config, model, prepared.report)
+    if config.training.accelerate:
+        recompute = config.training.recompute
+        acceleration = accelerate(model, recompute=("full" if recompute is True else recompute) or None)
+        narrator.say(str(acceleration))
+        manifest["acceleration"] = acceleration.as_dict()
+    return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
