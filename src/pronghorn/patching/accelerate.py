@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from pronghorn.patching.whole import check_model, forward_only
 
 # what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
 ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
+# what options and notebooks say -> the mode of ``accelerate``
+RECOMPUTE_MODES: Mapping[bool | str, str | None] = MappingProxyType(
+    {True: "full", False: None, "unsloth": "unsloth", "auto": "auto"}
+)
 REPLACEABLE = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss")
 
 

@@ -36,6 +36,9 @@ class ModelSection(Section):
         min_length=1, description="Local folder or hub id of the base model, or of an adapter to go on with."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    base: str | None = Field(
+        None, description="If name is an adapter: its base, where that is no longer at the recorded place."
+    )
     max_seq_length: int | None = Field(
         None,
         ge=2,
@@ -85,9 +88,9 @@ class TrainingSection(Section):
     )
     recompute: bool | Literal["unsloth", "auto"] = Field(
         True,
-        description="Compute activations again in backward: true for every layer (far less memory, about 25 % "
-        "more time), false for none, unsloth for every layer with its input in host memory, auto for as many "
-        "layers as the free memory asks for.",
+        description="Compute activations again in backward: true for every layer (far less memory, about "
+        "25 % more time), false for none, unsloth for every layer with its input in host memory, auto for "
+        "as many layers as the free memory asks for.",
     )
 
     @model_validator(mode="after")
