@@ -134,7 +134,7 @@ class FastLanguageModel:
             random_state: seed of an adapter attached later.
             text_only: only text models can be loaded.
             base: for an adapter, where its base is now.
-            accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``) and print them.
+            accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
             **other: other names of this kind are refused with the reason.
 
         Raises:

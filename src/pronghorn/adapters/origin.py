@@ -18,7 +18,7 @@ class Origin:
     """The base files a model instance was loaded from, and how it was loaded.
 
     ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length;
-    ``rows`` the embedding rows at load; ``seed`` and ``recompute`` what is wanted of a new adapter's training;
+    ``rows`` the embedding rows at load; ``seed`` and ``recompute`` are for an adapter trained later;
     ``samples`` a few values of every weight at load.
     """
 
