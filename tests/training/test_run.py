@@ -221,3 +221,17 @@ def test_a_bar_on_a_terminal(make_config: MakeConfig, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TERM", "xterm")
     train(make_config(logging={"progress": "auto"}))
     assert "training" in terminal.getvalue() and "8/8" in terminal.getvalue() and "━" in terminal.getvalue()
+
+
+def test_the_accelerated_run_is_the_plain_run(make_config: MakeConfig) -> None:
+    lora = {"r": 4, "dropout": 0.0}
+    fast, plain = (
+        train(make_config(str(on), lora=lora, training={"accelerate": on})) for on in (True, False)
+    )
+    # two orders of summation in float32, carried through 8 steps
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-4)
+    kinds = json.loads((fast.folder / "manifest.json").read_text())["acceleration"]["kinds"]
+    assert all(
+        kinds[kind]["found"] == kinds[kind]["replaced"] for kind in ("norm", "mlp", "qkv", "o", "loss")
+    )
+    assert "acceleration" not in json.loads((plain.folder / "manifest.json").read_text())

@@ -14,6 +14,7 @@ from pronghorn.data.templates import choose_template
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import no_bars
+from pronghorn.patching.accelerate import RECOMPUTE_MODES, accelerate
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
@@ -79,6 +80,10 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
     manifest = _manifest(config, model, prepared.report)
+    if config.training.accelerate:
+        acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
+        narrator.say(str(acceleration))
+        manifest["acceleration"] = acceleration.as_dict()
     if prepared.bins is None:
         return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
     narrator.say(f"packing: {require_isolation(model)}")

@@ -91,7 +91,7 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
         "fp16": False,
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        recompute: training.recompute,
+        recompute: bool(training.recompute),
         f"{recompute}_kwargs": {"use_reentrant": False} if training.recompute else None,
         "seed": config.seed,
         "data_seed": config.seed,
