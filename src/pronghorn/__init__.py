@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pronghorn.adapters.attach import attach_lora as attach_lora
     from pronghorn.adapters.options import LoraOptions as LoraOptions
+    from pronghorn.data.inspect import inspect_data as inspect_data
     from pronghorn.errors import PronghornError as PronghornError
     from pronghorn.export.run import export as export
     from pronghorn.export.verify import verify as verify
@@ -32,6 +33,7 @@ _HOMES = {
     "RunConfig": "pronghorn.training.config",
     "attach_lora": "pronghorn.adapters.attach",
     "export": "pronghorn.export.run",
+    "inspect_data": "pronghorn.data.inspect",
     "load": "pronghorn.loading.load",
     "train": "pronghorn.training.run",
     "verify": "pronghorn.export.verify",
@@ -45,6 +47,7 @@ __all__ = [
     "RunConfig",
     "attach_lora",
     "export",
+    "inspect_data",
     "load",
     "train",
     "verify",

@@ -44,8 +44,8 @@ class LoraPair:
     """One low-rank update: A [r, in] and B [out, r] of a module or parameter of the model.
 
     ``parameter`` is the full name of the weight in the model; ``embedding`` means A is [r, vocabulary] and B
-    [width, r]; ``stacked`` that A is [experts*r, in] and B [out, r*experts]. ``magnitude`` is DoRA's vector [out],
-    ``bias`` is added (scaled) to the module's bias.
+    [width, r]; ``stacked`` that A is [experts*r, in] and B [out, r*experts]. ``magnitude`` is DoRA's vector
+    [out], ``bias`` is added (scaled) to the module's bias.
     """
 
     parameter: str
@@ -103,7 +103,7 @@ def choose_adapter(folder: Path, name: str | None = None) -> Path:
         )
     if name is not None and name not in found:
         raise AdapterError(
-            f"{folder} holds no adapter {name!r}, only {', '.join(found)}", fix="choose one of these"
+            f"{folder} has no adapter {name!r}, only {', '.join(found)}", fix="choose one of these"
         )
     if name is None and len(found) > 1:
         raise AdapterError(
@@ -148,7 +148,7 @@ def _refuse_options(path: Path, config: Mapping[str, Any]) -> None:
     if init not in _PLAIN_INIT:
         raise NotSupportedError(
             f"{path} says init_lora_weights={init!r}: {_CHANGES_BASE}",
-            fix="convert it with PEFT first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            fix="convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     for option, reason in _REFUSED.items():
         if config.get(option):
@@ -207,7 +207,7 @@ def _pair(path: Path, config: Mapping[str, Any], module: str, parts: Mapping[str
     a, b = (parts[key] for key in keys)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise AdapterError(
-            f"{path / ADAPTER_WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}, which do not multiply",
+            f"{path / ADAPTER_WEIGHTS}: A {list(a.shape)} and B {list(b.shape)} of {module} do not multiply",
             fix="only linear layers, embeddings and expert parameters can be merged; merge others with PEFT",
         )
     magnitude, bias = parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
@@ -296,7 +296,7 @@ def _token_rows(path: Path, config: Mapping[str, Any], parameter: str, entry: Te
         or not all(isinstance(index, int) and index >= 0 for index in listed)
     ):
         raise AdapterError(
-            f"{path / ADAPTER_CONFIG} does not give one token index for each row of {module} {list(entry.shape)}",
+            f"{path / ADAPTER_CONFIG} does not give a token index for each trained row of {module}",
             fix="restore the adapter_config.json that was saved with these weights",
         )
     return TokenRows(parameter, tuple(listed), entry)

@@ -1,7 +1,7 @@
 """THE merge: W + s*B*A in float32, rounded once to the stored dtype, on tiles of rows.
 
-The order of operations is PEFT's (product, times scaling, plus weight), so that the result has the same bits as
-PEFT's merge of a float32 model. Only the factors of the tile at hand are in memory.
+The order of operations is PEFT's (product, times scaling, plus weight), so that the result has the same bits
+as PEFT's merge of a float32 model. Only the factors of the tile at hand are in memory.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class FactorCache:
 class Update:
     """A ``LoraPair`` applied to one file tensor (seen as a matrix ``[rows, columns]``).
 
-    ``transposed``: the weight is stored [in, out]. ``experts`` > 1: the pair is stacked; the tensor holds expert
-    ``expert`` alone, or all of them one below the other where it is None. ``offset`` is the tensor's first output
-    row within the pair's outputs (gate and up share one pair).
+    ``transposed``: the weight is stored [in, out]. A stacked pair updates ``experts`` experts; the tensor
+    is that of ``expert``, or holds all of them one below the other where that is None. ``offset`` is the
+    tensor's first output row within the pair's outputs (gate and up share one pair).
     """
 
     pair: LoraPair
@@ -89,23 +89,22 @@ class Update:
 def merge_rows(
     weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``weight + delta`` in float32 ``[rows, columns]``; with DoRA scaled to the norms in ``magnitude`` ``[rows]``.
+    """``weight + delta`` in float32 ``[rows, columns]``; with DoRA, rows scaled to norms ``magnitude``.
 
     The float32 ``delta`` is consumed. Source of the DoRA formula: arXiv 2402.09353, equation 5.
     """
     merged = delta.add_(weight.float()) if delta.is_contiguous() else delta + weight.float()
     if magnitude is None:
         return merged
-    norm = torch.linalg.norm(merged, dim=1)
+    norm: torch.Tensor = torch.linalg.norm(merged, dim=1)
     return (magnitude.float() / norm).view(-1, 1) * merged
 
 
-def tile_rows(rows: int, columns: int) -> int:
-    """Rows per tile: a multiple of 16 where possible, and no last tile of very few rows.
+def tiles(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Ranges of rows of about ``TILE_ELEMENTS``; a short rest goes to the tile before it.
 
-    Matrix products of 1 to 3 rows take other code paths with another order of additions, hence other last bits.
+    Products of 1 to 3 rows take other code paths with another order of additions, hence other last bits.
     """
-    wanted = max(16, TILE_ELEMENTS // max(1, columns) // 16 * 16)
-    count = max(1, round(rows / wanted))
-    even = -(-rows // count)
-    return min(rows, -(-even // 16) * 16) or 1
+    size = max(16, TILE_ELEMENTS // max(1, columns) // 16 * 16)
+    starts = list(range(0, max(1, rows - 15), size))
+    return list(zip(starts, [*starts[1:], rows], strict=True))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pronghorn.export.report import ExportReport
 
 
 def export(
@@ -22,7 +26,7 @@ def export(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
 ) -> None:
     """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
-    from pronghorn.cli.tables import print_fields
+    from pronghorn.cli.tables import print_table
     from pronghorn.export.run import export as run
 
     report = run(
@@ -34,4 +38,20 @@ def export(
         adapter_name=adapter_name,
         verify=not no_verify,
     )
-    print_fields(f"export {adapter} -> {target}", report)
+    print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
+    if report.checks:
+        print_table(
+            "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
+        )
+
+
+def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:
+    yield "base", report.base
+    yield "tensors merged / copied", f"{report.tensors_merged} / {report.tensors_copied}"
+    yield "written", f"{report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s"
+    if report.changed_share is not None:
+        yield "elements changed", f"{report.changed_share:.2%} of the merged tensors"
+    yield from (("changed", change) for change in report.changes)
+    yield from (("left out", name) for name in report.left_out)
+    yield from (("warning", warning) for warning in report.warnings)
+    yield "verified", report.verified

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,13 +19,6 @@ def print_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[objec
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     Console(soft_wrap=False).print(table)
-
-
-def print_fields(title: str, report: Any) -> None:
-    """Print a dataclass as a table of its fields."""
-    print_table(
-        title, ("what", "value"), ((part.name, getattr(report, part.name)) for part in fields(report))
-    )
 
 
 def _cell(value: object) -> Text:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pronghorn.errors import PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
@@ -37,9 +36,9 @@ from pronghorn.export.verify_weights import (
 )
 
 MODEL_PROMISES: tuple[Promise, ...] = (
-    config_sane,
     shards_complete,
     index_exact,
+    config_sane,
     no_stale_weights,
     no_adapter_beside,
     no_peft_names,
@@ -145,16 +144,24 @@ def check_files(folder: Path, base: Path | None) -> VerifyReport:
         promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
     else:
         promises = MODEL_PROMISES + (MODEL_PROMISES_WITH_BASE if view.base else ())
-    rows = tuple(_checked(promise, view) for promise in promises)
-    return VerifyReport(folder, "adapter" if view.is_adapter else "model", rows)
+    rows = [promise(view) for promise in promises]
+    for promise, row in zip(promises, rows, strict=True):
+        if promise is layers_complete and row.ok is False and all(r.ok for r in rows if r is not row):
+            rows[rows.index(row)] = _asked_class(folder, row)
+    return VerifyReport(folder, "adapter" if view.is_adapter else "model", tuple(rows))
 
 
-def _checked(promise: Promise, view: Folder) -> Row:
-    """One promise; a file too damaged to look at breaks it."""
+def _asked_class(folder: Path, row: Row) -> Row:
+    """Layers may differ by design: the class itself decides, in a process of its own (it loads torch)."""
+    command = [sys.executable, "-m", "pronghorn.export.verify_class", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
-        return promise(view)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        return Row(promise.__name__.replace("_", " "), False, f"cannot be checked: {error}")
+        answer = Row(**json.loads(done.stdout.strip().splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        return row
+    if answer.ok:
+        return Row(row.name, True, f"layers differ as their class wants them ({answer.detail})")
+    return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}")
 
 
 def _existing(folder: str | Path, what: str) -> Path:
@@ -199,8 +206,7 @@ def _in_fresh_process(folder: Path, against: Path | None, base: Path | None) -> 
     command = [sys.executable, "-m", "pronghorn.export.verify", str(folder), "--deep", "--json"]
     command += ["--against", str(against)] if against else []
     command += ["--base", str(base)] if base else []
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
         return VerifyReport(folder, report["kind"], tuple(Row(**row) for row in report["rows"]))
@@ -211,6 +217,10 @@ def _in_fresh_process(folder: Path, against: Path | None, base: Path | None) -> 
         )
         files = check_files(folder, base)
         return VerifyReport(folder, files.kind, (*files.rows, Row("the deep check ran", None, reason)))
+
+
+def _offline() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,20 +245,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_here(options: Any) -> VerifyReport:
-    """Shallow, then deep, both in this process: it is the fresh one."""
+def _run_here(options: argparse.Namespace) -> VerifyReport:
+    """Shallow, then deep, both in this process: it is the fresh one. Broken files are not loaded."""
     report = verify(options.folder, against=options.against, base=options.base)
     if not options.deep:
         return report
+    if any(row.ok is False for row in report.rows):
+        skipped = Row("the deep check ran", None, "a promise about the files is broken; it was not loaded")
+        return VerifyReport(report.folder, report.kind, (*report.rows, skipped))
     from pronghorn.export.verify_deep import compute_promises
 
-    adapter = _adapter_folder(Path(options.against).expanduser().resolve()) if options.against else None
-    base = (
-        Path(options.base).expanduser().resolve()
-        if options.base
-        else _recorded_base(adapter or report.folder)
-    )
-    return VerifyReport(report.folder, report.kind, report.rows + compute_promises(report, adapter, base))
+    adapter = _adapter_folder(_existing(options.against, "adapter")) if options.against else None
+    base = _existing(options.base, "base") if options.base else _recorded_base(adapter or report.folder)
+    rows = compute_promises(report.folder, adapter, base)
+    return VerifyReport(report.folder, report.kind, report.rows + rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from typing import Any
 from pronghorn.export.verify_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    Finding,
     Folder,
-    Row,
     Tensor,
     UnreadableError,
+    promise,
     read_header,
     verdict,
 )
@@ -24,11 +25,11 @@ def adapter_config(folder: Folder) -> dict[str, Any]:
     return folder.json(ADAPTER_CONFIG)
 
 
-def adapter_config_sane(folder: Folder) -> Row:
+@promise("adapter_config.json is usable")
+def adapter_config_sane(folder: Folder) -> Finding:
     """adapter_config.json describes a LoRA adapter with a rank and a scale."""
-    name = "adapter_config.json is usable"
     if ADAPTER_CONFIG not in folder.names:
-        return Row(name, False, f"{ADAPTER_CONFIG} is missing")
+        return False, f"{ADAPTER_CONFIG} is missing"
     config = adapter_config(folder)
     problems = []
     if config.get("peft_type") != "LORA":
@@ -37,24 +38,24 @@ def adapter_config_sane(folder: Folder) -> Row:
         problems.append(f"r is {config.get('r')!r}, expected a positive number")
     if not isinstance(config.get("lora_alpha"), (int, float)) or isinstance(config.get("lora_alpha"), bool):
         problems.append(f"lora_alpha is {config.get('lora_alpha')!r}, expected a number")
-    return verdict(name, problems, f"LORA, r {config.get('r')}, lora_alpha {config.get('lora_alpha')}")
+    return verdict(problems, f"LORA, r {config.get('r')}, lora_alpha {config.get('lora_alpha')}")
 
 
-def adapter_complete(folder: Folder) -> Row:
+@promise("adapter weights are complete")
+def adapter_complete(folder: Folder) -> Finding:
     """The adapter's weights are there, as safetensors, and exactly as long as their header says."""
-    name = "adapter weights are complete"
     if ADAPTER_WEIGHTS not in folder.names:
         pickled = (
             " (adapter_model.bin is a pickle, which is never opened)"
             if "adapter_model.bin" in folder.names
             else ""
         )
-        return Row(name, False, f"{ADAPTER_WEIGHTS} is missing{pickled}")
+        return False, f"{ADAPTER_WEIGHTS} is missing{pickled}"
     try:
         header = read_header(folder.path / ADAPTER_WEIGHTS)
     except UnreadableError as error:
-        return Row(name, False, str(error))
-    return verdict(name, [] if header else [f"{ADAPTER_WEIGHTS} holds no tensor"], f"{len(header)} tensors")
+        return False, str(error)
+    return verdict([] if header else [f"{ADAPTER_WEIGHTS} holds no tensor"], f"{len(header)} tensors")
 
 
 def pairs(folder: Folder) -> dict[str, dict[str, Tensor]]:
@@ -74,7 +75,8 @@ def pattern_value(config: dict[str, Any], key: str, module: str, default: Any) -
     return default
 
 
-def pairs_fit(folder: Folder) -> Row:
+@promise("every module has A and B of the stated rank")
+def pairs_fit(folder: Folder) -> Finding:
     """Every module has A and B, and both have the rank that adapter_config.json states."""
     config, found = adapter_config(folder), pairs(folder)
     experts = bool(config.get("target_parameters"))
@@ -89,18 +91,19 @@ def pairs_fit(folder: Folder) -> Row:
             problems.append(f"{module}: A {list(a)} and B {list(b)} do not multiply")
         elif a[0] != rank and not (experts and isinstance(rank, int) and a[0] % rank == 0):
             problems.append(f"{module} has rank {a[0]}, {ADAPTER_CONFIG} says {rank}")
-    return verdict("every module has A and B of the stated rank", problems, f"{len(found)} modules")
+    return verdict(problems, f"{len(found)} modules")
 
 
-def pairs_fit_base(folder: Folder) -> Row:
+@promise("every module is in the base")
+def pairs_fit_base(folder: Folder) -> Finding:
     """Every adapted module is in the base, with the widths of A and B."""
     assert folder.base is not None
-    name = "every module is in the base"
-    base = {_tail(t.removesuffix(".weight")): x.shape for t, x in folder.base.tensors.items()}
+    base = {tail(t.removesuffix(".weight")): x.shape for t, x in folder.base.tensors.items()}
+    known = {_kind(module) for module in base}
     problems, elsewhere, found = [], 0, pairs(folder)
     for module, pair in found.items():
-        shape = base.get(_tail(module))
-        if shape is None and not re.search(r"(^|\.)(experts|lm_head)\b", module):
+        shape = base.get(tail(module))
+        if shape is None and _kind(tail(module)) in known:
             problems.append(f"{module} is not in the base")
         elif shape is None or len(shape) != 2 or set(pair) != {"A", "B"}:
             elsewhere += 1
@@ -108,14 +111,25 @@ def pairs_fit_base(folder: Folder) -> Row:
             wanted = (pair["B"].shape[0], pair["A"].shape[1])
             if wanted != shape and not _transposed(wanted, shape, module, adapter_config(folder)):
                 problems.append(f"{module}: the adapter is for {list(wanted)}, the base has {list(shape)}")
+    if found and elsewhere == len(found) and not any(".experts" in module for module in found):
+        problems.append(f"none of its {elsewhere} modules is in the base (first: {next(iter(found))})")
     rest = f"; {elsewhere} are no plain matrix of the base files, only --deep can tell" if elsewhere else ""
-    return verdict(name, problems, f"{len(found) - elsewhere} modules by name and widths{rest}")
+    return verdict(problems, f"{len(found) - elsewhere} modules by name and widths{rest}")
 
 
-def _tail(module: str) -> str:
-    """A module's name from its layer number on: prefixes differ between file layouts of one model."""
-    match = re.search(r"(?:layers|h|blocks)\.\d+\..+$", module)
-    return match[0] if match else module.rpartition(".")[2]
+def _kind(module: str) -> str:
+    """A module's name without its numbers."""
+    return re.sub(r"\d+", "*", module)
+
+
+def tail(module: str) -> str:
+    """A module's name from its layer number on: prefixes differ between file layouts of one model.
+
+    The layers of an image or sound tower keep a prefix of their own.
+    """
+    match = re.search(r"(?:layers|h|blocks)\.\d+\..+$|(?:embed_tokens|wte|norm|lm_head)(?:\.\w+)?$", module)
+    tower = "tower." if re.search(r"(^|\.)(vision|visual|audio)", module) else ""
+    return tower + match[0] if match else module
 
 
 def _transposed(wanted: tuple[int, int], shape: tuple[int, ...], module: str, config: dict[str, Any]) -> bool:

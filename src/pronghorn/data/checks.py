@@ -1,0 +1,83 @@
+"""What is looked at before a run: each check passes, warns with the rows it concerns, or stops the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pronghorn.data.report import SHOWN, Check, Places
+from pronghorn.data.tally import PartTally, Tally
+from pronghorn.data.templates import ChatTemplate
+
+# name -> (stops the run, what it means when it fails). A row gets these names as flags while it is encoded.
+ROW_CHECKS = {
+    "bos": (True, "rows begin with two BOS tokens; serving sends one"),
+    "end_token": (
+        True,
+        "answers that train end without the token that ends a turn: the model would not stop",
+    ),
+    "masked": (True, "rows in which no token trains"),
+    "serving": (True, "rows whose ids differ from those of apply_chat_template"),
+    "opening": (
+        False,
+        "rows whose answer a server opens with text that is not in the row (an opened <think>)",
+    ),
+    "lost_text": (False, "answers of which the chat template leaves text out"),
+    "special_text": (
+        False,
+        "conversations whose text spells special tokens, which the model will take for real ones",
+    ),
+    "no_bos": (False, "rows without the BOS that the tokenizer puts before plain text"),
+}
+
+
+def run_checks(
+    tally: Tally,
+    train: PartTally,
+    held: PartTally,
+    tokenizer: Any,
+    template: ChatTemplate | None,
+) -> tuple[Check, ...]:
+    """Every check with its outcome, those that stop first.
+
+    Args:
+        tally: flags counted over all rows.
+        train: hashes of the training rows.
+        held: hashes of the evaluation rows that came from files of their own.
+        tokenizer: for its pad and eos token.
+        template: None if the rows are no conversations.
+    """
+    checks = [
+        Check(name, tally.flagged[name].count == 0, stops, meaning, tally.flagged[name].places())
+        for name, (stops, meaning) in ROW_CHECKS.items()
+    ]
+    if template is not None:
+        dated = "strftime_now" in template.text and "date_string" not in template.options
+        meaning = "the chat template writes today's date; fix it with data.template_options.date_string"
+        checks.append(Check("date", not dated, False, meaning, Places(0, ())))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    meaning = "the tokenizer has no pad token" if pad is None else "pad equals eos"
+    # Labels are made by position, so an end token that looks like padding trains all the same.
+    checks.append(Check("pad_token", pad is not None and pad != eos, False, meaning, Places(0, ())))
+    checks.append(_duplicates(tally, train))
+    checks.append(_overlap(tally, train, held))
+    return tuple(sorted(checks, key=lambda check: not check.stops))
+
+
+def _duplicates(tally: Tally, train: PartTally) -> Check:
+    seen: set[int] = set()
+    count = 0
+    first: list[str] = []
+    for index, value in enumerate(train.hashes):
+        if value in seen:
+            count += 1
+            if len(first) < SHOWN:
+                first.append(tally.place(train, index))
+        seen.add(value)
+    return Check("duplicates", not count, False, "rows equal to an earlier one", Places(count, tuple(first)))
+
+
+def _overlap(tally: Tally, train: PartTally, held: PartTally) -> Check:
+    trained = set(train.hashes) if len(held.hashes) else set()
+    shared = [index for index, value in enumerate(held.hashes) if value in trained]
+    places = Places(len(shared), tuple(tally.place(held, index) for index in shared[:SHOWN]))
+    return Check("overlap", not shared, False, "evaluation rows that are also trained on", places)

@@ -1,0 +1,67 @@
+"""Which layout the rows of a run have, and whether they need a chat template."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from pronghorn.data.formats import RowError, detect_format, layouts
+from pronghorn.data.options import FORMATS, DataOptions, Format
+from pronghorn.data.report import SHOWN
+from pronghorn.data.rows import BadRow, Row, Source
+from pronghorn.data.templates import ChatTemplate, choose_template
+from pronghorn.errors import DataError
+
+_CHAT_LAYOUTS = ("messages", "conversations", "instruction")
+
+
+def find_layout(sources: list[Source], options: DataOptions) -> Format:
+    """The layout asked for, or that of the first row that fits one."""
+    if options.format != "auto":
+        return options.format
+    reasons = []
+    for source in sources:
+        for row in islice(source.read(), SHOWN):
+            if isinstance(row, BadRow):
+                reasons.append(row)
+                continue
+            try:
+                return detect_format(renamed(row, options))
+            except RowError as error:
+                reasons.append(row.bad(error.field, error.reason))
+    raise DataError(
+        "the format of the rows cannot be told:\n" + "\n".join(f"  {reason}" for reason in reasons[:SHOWN]),
+        fix=f"set data.format to one of {', '.join(FORMATS)}, and data.rename for columns of other names",
+    )
+
+
+def find_template(
+    layout: Format, sources: list[Source], tokenizer: Any, options: DataOptions
+) -> ChatTemplate | None:
+    """The template that rows of ``layout`` are written with; None for plain text."""
+    if layout in _CHAT_LAYOUTS:
+        return choose_template(tokenizer, options.template, options.template_options)
+    if layout == "prompt_completion":
+        first = next((row for source in sources for row in source.read() if isinstance(row, Row)), None)
+        if first is not None and not isinstance(renamed(first, options).value.get("prompt"), str):
+            return choose_template(tokenizer, options.template, options.template_options)
+    return None
+
+
+def renamed(row: Row, options: DataOptions) -> Row:
+    """The row with the column names pronghorn knows."""
+    if not options.rename:
+        return row
+    return replace(row, value={options.rename.get(name, name): value for name, value in row.value.items()})
+
+
+def refuse_mixed(row: Row, layout: Format) -> None:
+    """Raise a DataError if the row has another layout than the first one."""
+    fits = layouts(row.value)
+    if fits and fits != [layout]:
+        raise DataError(
+            f"the rows mix formats: the first is {layout}, {row.file}:{row.number} is {' and '.join(fits)} "
+            f"(columns {', '.join(row.value)})",
+            fix=f"use one format in all files, or set data.format={layout} to read every row as {layout}",
+        )

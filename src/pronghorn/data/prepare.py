@@ -1,0 +1,189 @@
+"""Rows in, tokenised training and evaluation rows out, with an account of what became of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from array import array
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pronghorn.data.checks import run_checks
+from pronghorn.data.isolated import IsolatedTemplate
+from pronghorn.data.layout import find_layout, find_template
+from pronghorn.data.options import DataOptions
+from pronghorn.data.report import DataReport
+from pronghorn.data.rows import Source, open_source
+from pronghorn.data.store import cache_key, cache_root, content_hash, keep, new_folder
+from pronghorn.data.tally import PartTally
+from pronghorn.data.templates import Renderer
+from pronghorn.data.tokens import Encoder, check_tokenizer
+from pronghorn.data.work import Work
+from pronghorn.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``datasets.Dataset`` with columns input_ids and labels (-100 where nothing trains)."""
+
+    train: Any
+    eval: Any | None
+    report: DataReport
+
+
+def prepare(options: DataOptions, tokenizer: Any, max_length: int) -> Prepared:
+    """Read, check, render, tokenise and mask the rows of a run.
+
+    Args:
+        options: the rows and how they train.
+        tokenizer: the fast tokenizer of the base.
+        max_length: tokens kept of each row.
+
+    Raises:
+        DataError: rows cannot be used (more than ``options.skip_bad``), mix formats or fail a check not
+            in ``options.allow``, or none is left.
+    """
+    prepared = examine(options, tokenizer, max_length)
+    refuse(prepared.report, options)
+    return prepared
+
+
+def examine(options: DataOptions, tokenizer: Any, max_length: int) -> Prepared:
+    """Like ``prepare``, for looking: bad rows and failed checks are in the report and stop nothing."""
+    train = [open_source(name, options) for name in options.train]
+    held = [open_source(name, options) for name in options.eval]
+    return examine_sources(train, held, options, tokenizer, max_length)
+
+
+def examine_sources(
+    train: list[Source], held: list[Source], options: DataOptions, tokenizer: Any, max_length: int
+) -> Prepared:
+    """``examine`` for rows that are already open; ``options.train`` and ``options.eval`` only name them."""
+    check_tokenizer(tokenizer)
+    layout = find_layout([*train, *held], options)
+    template = find_template(layout, [*train, *held], tokenizer, options)
+    data_hash = content_hash([*train, *held])
+    root = cache_root()
+    target = root / cache_key(data_hash, options, tokenizer, template, max_length)
+    if options.cache and (target / "report.json").is_file():
+        return _load(target, cached=True)
+    folder = new_folder(root)
+    try:
+        with ExitStack() as stack:
+            renderer: Renderer | None = template
+            if template is not None and template.plain and options.isolate:
+                renderer = stack.enter_context(IsolatedTemplate(template))
+            encoder = Encoder(tokenizer, renderer, options, max_length)
+            work = Work(layout, encoder, template)
+            trained = work.write(folder / "train.arrow", train)
+            evaluated = work.write(folder / "eval.arrow", held) if held else PartTally()
+        chosen = _held_out(trained.hashes, options.eval_fraction, options.seed)
+        tally = work.tally
+        report = DataReport(
+            format=layout,
+            sources=(*options.train, *options.eval),
+            rows_read=tally.rows_read,
+            train_rows=len(trained.hashes) - len(chosen),
+            eval_rows=len(evaluated.hashes) + len(chosen),
+            bad=tally.bad,
+            bad_rows=tuple(tally.bad_rows),
+            dropped=tally.dropped.places(),
+            truncated=tally.truncated.places(),
+            truncated_tokens=tally.truncated_tokens,
+            rewritten=tally.flagged["rewritten"].places(),
+            max_length=max_length,
+            longest=tally.longest,
+            histogram=tally.histogram(),
+            tokens=tally.tokens,
+            trained_tokens=tally.trained_tokens,
+            checks=run_checks(tally, trained, evaluated, tokenizer, template),
+            data_hash=data_hash,
+            template=template.origin if template else None,
+            template_hash=template.hash if template else None,
+        )
+        (folder / "held_out.json").write_text(json.dumps(chosen))
+        (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return _load(keep(folder, target), cached=False)
+
+
+def _held_out(hashes: array[int], fraction: float, seed: int) -> list[int]:
+    """Rows set aside: those of smallest seeded hash. Equal rows never part, and order does not matter."""
+    if not fraction or len(hashes) < 2:
+        return []
+    keys = {value: _seeded(value, seed) for value in hashes}
+    order = sorted(range(len(hashes)), key=lambda index: keys[hashes[index]])
+    count = max(1, round(fraction * len(hashes)))
+    limit = keys[hashes[order[count - 1]]]
+    return sorted(index for index in order if keys[hashes[index]] <= limit)
+
+
+def _seeded(value: int, seed: int) -> bytes:
+    return hashlib.blake2b(value.to_bytes(8, "big"), digest_size=8, key=str(seed).encode()).digest()
+
+
+def refuse(report: DataReport, options: DataOptions) -> None:
+    """Raise a DataError if a run on these rows must not start."""
+    _refuse_bad(report, options)
+    _refuse_failed(report, options)
+    _refuse_empty(report)
+
+
+def _refuse_bad(report: DataReport, options: DataOptions) -> None:
+    if report.bad <= options.skip_bad:
+        return
+    shown = "\n".join(f"  {row}" for row in report.bad_rows)
+    more = report.bad - len(report.bad_rows)
+    allowed = f" (data.skip_bad allows {options.skip_bad})" if options.skip_bad else ""
+    raise DataError(
+        f"{report.bad} of {report.rows_read} rows cannot be used{allowed}:\n{shown}"
+        + (f"\n  ... and {more} more" if more else ""),
+        fix=f"correct these rows, or leave them out with data.skip_bad={report.bad}",
+    )
+
+
+def _refuse_failed(report: DataReport, options: DataOptions) -> None:
+    failed = [check for check in report.failed(stops=True) if check.name not in options.allow]
+    if failed:
+        names = ",".join(check.name for check in failed)
+        raise DataError(
+            "the rows fail checks that would spoil the model:\n"
+            + "\n".join(f"  {check}" for check in failed),
+            fix=f"look at them with `pronghorn inspect`; to train all the same: data.allow=[{names}]",
+        )
+
+
+def _refuse_empty(report: DataReport) -> None:
+    if report.train_rows:
+        return
+    if report.dropped.count:
+        raise DataError(
+            f"no row is left to train on: of {report.rows_read} rows, {report.dropped.count} keep no trained "
+            f"token within {report.max_length} tokens (the longest has {report.longest})",
+            fix="raise max_length, or shorten the prompts",
+        )
+    raise DataError(
+        f"no row to train on in {', '.join(report.sources)}",
+        fix="give files with at least one usable row",
+    )
+
+
+def _load(folder: Path, *, cached: bool) -> Prepared:
+    from datasets import Dataset
+
+    report = DataReport.from_dict(json.loads((folder / "report.json").read_text()))
+    train = Dataset.from_file(str(folder / "train.arrow"))
+    chosen = json.loads((folder / "held_out.json").read_text())
+    held = None
+    if chosen:
+        aside = set(chosen)
+        held = train.select(chosen)
+        train = train.select([index for index in range(len(train)) if index not in aside])
+    elif (folder / "eval.arrow").is_file():
+        held = Dataset.from_file(str(folder / "eval.arrow"))
+    return Prepared(train, held, replace(report, cached=cached))

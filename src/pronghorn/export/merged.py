@@ -1,0 +1,277 @@
+"""Write the weights of a merged model, file to file: untouched bytes copied by the kernel, the rest on tiles.
+
+Two threads work on tiles and copies while a third puts finished files on the disk. Memory holds the tiles at
+hand and some factors of the adapter, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from pronghorn.adapters.merge import FactorCache, merge_rows, tiles
+from pronghorn.errors import ExportError
+from pronghorn.export.layout import OutputShard, OutputTensor
+from pronghorn.export.plan import Change
+from pronghorn.weights.reader import TORCH_DTYPES, read_rows
+from pronghorn.weights.shards import Shard, TensorEntry
+from pronghorn.weights.writer import copy_bytes, write_all
+
+WORKERS = 2
+# a unit of work: short enough that both threads finish together, long enough that starting it costs nothing
+_JOB_TILES = 16
+_COPY_BYTES = 32 * 2**20
+_INTEGERS = MappingProxyType(
+    {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+)
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far and the bytes in all."""
+
+
+@dataclass
+class TensorCount:
+    """Elements of one merged tensor, and how many of them differ from the base's."""
+
+    elements: int = 0
+    changed: int = 0
+
+
+@dataclass
+class MergeCounts:
+    """What writing found out, tensor by tensor."""
+
+    tensors: dict[str, TensorCount] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str, elements: int, changed: int) -> None:
+        """Count a tile; called by both threads."""
+        with self._lock:
+            count = self.tensors.setdefault(name, TensorCount())
+            count.elements += elements
+            count.changed += changed
+
+
+def write_shards(
+    shards: tuple[OutputShard, ...], adapter: Shard, folder: Path, progress: Progress | None = None
+) -> MergeCounts:
+    """Write the files laid out by ``lay_out`` into ``folder`` and put them on the disk.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    writer = _Writer(FactorCache(adapter), MergeCounts())
+    total, done = sum(shard.size for shard in shards), 0
+    threads = torch.get_num_threads()
+    workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+    syncer = ThreadPoolExecutor(1)
+    running: list[tuple[int, list[Future[int]]]] = []
+    syncs: list[Future[None]] = []
+    try:
+        for shard in shards:
+            target = _create(folder / shard.name, shard)
+            running.append((target, [workers.submit(job, target) for job in writer.jobs(shard)]))
+            # the next file is handed out before the last one is waited for: no thread is idle in between
+            while len(running) > 1 or (running and shard is shards[-1]):
+                descriptor, futures = running[0]
+                for future in futures:
+                    done += future.result()
+                    if progress:
+                        progress(done, total)
+                running.pop(0)
+                syncs.append(syncer.submit(_sync_and_close, descriptor))
+        for sync in syncs:
+            sync.result()
+    finally:
+        workers.shutdown(cancel_futures=True)
+        syncer.shutdown()
+        for descriptor, _ in running:
+            os.close(descriptor)
+        torch.set_num_threads(
+            threads
+        )  # the workers' own setting becomes the default of new threads otherwise
+    return writer.counts
+
+
+def _create(path: Path, shard: OutputShard) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    os.truncate(descriptor, shard.size)
+    write_all(descriptor, shard.prefix, 0)
+    return descriptor
+
+
+def _sync_and_close(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class _Writer:
+    cache: FactorCache
+    counts: MergeCounts
+
+    def jobs(self, shard: OutputShard) -> Iterator[Callable[[int], int]]:
+        """Pieces of work that each write a part of the file and return how many bytes."""
+        run: list[OutputTensor] = []
+        for tensor in shard.tensors:
+            if tensor.change is None:
+                if run and run[-1].base[1].end != tensor.base[1].start:
+                    yield from _copies(run)
+                    run = []
+                run.append(tensor)
+                continue
+            yield from _copies(run)
+            run = []
+            pieces = tiles(*_matrix(tensor.change.shape))
+            for first in range(0, len(pieces), _JOB_TILES):
+                yield _Merge(self, tensor, tensor.change, pieces[first : first + _JOB_TILES])
+        yield from _copies(run)
+
+
+def _copies(run: list[OutputTensor]) -> Iterator[Callable[[int], int]]:
+    """Copy neighbouring tensors as one range."""
+    if not run:
+        return
+    (source, first), last = run[0].base, run[-1].base[1]
+    for start in range(first.start, last.end, _COPY_BYTES):
+        count = min(_COPY_BYTES, last.end - start)
+        yield _Copy(source.path, start, count, run[0].entry.start + start - first.start)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    source: Path
+    start: int
+    count: int
+    at: int
+
+    def __call__(self, target: int) -> int:
+        with self.source.open("rb", buffering=0) as file:
+            copy_bytes(file.fileno(), target, self.start, self.count, self.at)
+        return self.count
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """Some tiles of one changed tensor."""
+
+    writer: _Writer
+    tensor: OutputTensor
+    change: Change
+    pieces: list[tuple[int, int]]
+
+    def __call__(self, target: int) -> int:
+        entry = self.tensor.entry
+        dtype = TORCH_DTYPES[entry.dtype]
+        rows, columns = _matrix(self.change.shape)
+        row_bytes = entry.nbytes // rows if rows else 0
+        changed = 0
+        for first, last in self.pieces:
+            before = self._base_rows(first, last)
+            merged = self._tile(before, first, last, columns).to(dtype).contiguous()
+            self._check_range(merged)
+            changed += merged.numel() - _same_bits(before, merged[: len(before)])
+            data = merged.view(torch.uint8).numpy().data.cast("B")
+            write_all(target, data, entry.start + first * row_bytes)
+        count = self.pieces[-1][1] - self.pieces[0][0]
+        self.writer.counts.add(entry.name, count * columns, changed)
+        return count * row_bytes
+
+    def _check_range(self, merged: torch.Tensor) -> None:
+        """float16 ends at 65504, and DoRA divides by a norm; other updates of finite values stay finite."""
+        risky = merged.dtype is torch.float16 or (self.change.update and self.change.update.pair.magnitude)
+        if risky and not bool(torch.isfinite(merged).all()):
+            raise ExportError(
+                f"{self.tensor.entry.name} would hold values beyond {self.tensor.entry.dtype}, or NaN",
+                fix="merge into the bfloat16 version of the base",
+            )
+
+    def _base_rows(self, first: int, last: int) -> torch.Tensor:
+        """The base's rows; fewer (or none) where the vocabulary was resized beyond them."""
+        shard, entry = self.tensor.base
+        flat = _flat(entry)
+        return read_rows(shard, flat, min(first, flat.shape[0]), min(last, flat.shape[0]))
+
+    def _tile(self, before: torch.Tensor, first: int, last: int, columns: int) -> torch.Tensor:
+        """Rows of the merged tensor in float32 (or as they are stored): ``[last - first, columns]``."""
+        change, cache = self.change, self.writer.cache
+        weight = before
+        if change.source is not None:
+            weight = read_rows(cache.shard, _flat(change.source), first, last)
+        if change.update is not None:
+            delta = change.update.delta(cache, first, last, columns)
+            magnitude = change.update.pair.magnitude
+            factors = cache.get(magnitude)[first:last] if magnitude is not None else None
+            weight = merge_rows(weight, delta, factors)
+        if change.bias is not None and change.bias.bias is not None:
+            added = cache.get(change.bias.bias)[first:last] * change.bias.scaling
+            weight = weight.float() + added.view(-1, 1)
+        if change.tokens is not None:
+            weight = weight.float()
+            values = cache.get(change.tokens.entry)
+            for row, index in enumerate(change.tokens.indices):
+                if first <= index < last:
+                    weight[index - first] = values[row]
+        return weight
+
+
+def _same_bits(one: torch.Tensor, two: torch.Tensor) -> int:
+    """Equal elements, compared as integers by numpy: 0.1 ns each, torch takes 0.7 to 1 on one thread."""
+    integer = _INTEGERS[one.dtype]
+    return one.numel() - int(np.count_nonzero(one.view(integer).numpy() != two.view(integer).numpy()))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A shape as rows and columns: leading dimensions are rows, a vector is one column."""
+    return (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (prod(shape), 1)
+
+
+def _flat(entry: TensorEntry) -> TensorEntry:
+    return replace(entry, shape=_matrix(entry.shape))
+
+
+def zero_updates(adapter: Shard) -> tuple[set[str], list[str]]:
+    """Names of the adapter's tensors that are all zero, and of those that hold a NaN or an infinity."""
+    zero, broken = set(), []
+    with _one_thread():
+        for name, entry in adapter.tensors.items():
+            largest = max(
+                (_largest(adapter, _flat(entry), *rows) for rows in tiles(*_flat(entry).shape)), default=0.0
+            )
+            if math.isinf(largest):
+                broken.append(name)
+            elif largest == 0:
+                zero.add(name)
+    return zero, broken
+
+
+def _largest(adapter: Shard, entry: TensorEntry, first: int, last: int) -> float:
+    """The largest magnitude in some rows; infinity where one is NaN (min and max carry it along)."""
+    if first == last:
+        return 0.0
+    low, high = map(float, torch.aminmax(read_rows(adapter, entry, first, last)))
+    return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiles are too small to share: on a busy machine a team of threads waits 10 ms where one needs 0.1."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

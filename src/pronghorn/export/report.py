@@ -1,0 +1,74 @@
+"""What an export did, in numbers and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pronghorn.export.merged import MergeCounts
+
+# below this share of changed elements most of an update is smaller than the stored dtype can hold
+_LOST_SHARE = 0.5
+_NAMES = 3
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The result of ``export``.
+
+    ``changed_share`` is the share of elements that differ from the base's, of all elements in merged tensors
+    (None for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``left_out`` the
+    base's files that were not copied. ``verified`` is None where no check was asked for; otherwise ``checks``
+    are its rows.
+    """
+
+    folder: Path
+    format: str
+    adapter: Path
+    base: Path
+    tensors_merged: int
+    tensors_copied: int
+    bytes_written: int
+    changed_share: float | None
+    warnings: tuple[str, ...]
+    changes: tuple[str, ...]
+    left_out: tuple[str, ...]
+    seconds: float
+    verified: bool | None = None
+    checks: tuple[tuple[str, str], ...] = ()
+
+
+def changed_share(counts: MergeCounts) -> float:
+    """Changed elements of all elements in merged tensors."""
+    total = sum(count.elements for count in counts.tensors.values())
+    return sum(count.changed for count in counts.tensors.values()) / total if total else 0.0
+
+
+def merge_warnings(counts: MergeCounts, updated: set[str], zero: list[str]) -> tuple[str, ...]:
+    """Name updates that do nothing: one factor all zero, or smaller than rounding.
+
+    Args:
+        counts: changed elements by file tensor.
+        updated: file tensors that get a low-rank update.
+        zero: file tensors whose update is exactly zero.
+    """
+    found = []
+    if zero:
+        found.append(f"B*A is all zero, so nothing was learned, for {_listed(sorted(zero))}")
+    lost = {
+        name: count.changed / count.elements
+        for name, count in counts.tensors.items()
+        if name in updated and name not in zero and count.changed < _LOST_SHARE * count.elements
+    }
+    if lost:
+        worst = min(lost.values())
+        found.append(
+            f"lost in rounding: under {_LOST_SHARE:.0%} of the elements changed (down to {worst:.1%}) in "
+            f"{_listed(sorted(lost, key=lost.__getitem__))}: smaller than the base's dtype can hold"
+        )
+    return tuple(found)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES])
+    return shown if len(names) <= _NAMES else f"{shown} and {len(names) - _NAMES} more"

@@ -1,0 +1,262 @@
+"""``export``: adapter and base in, a complete and verified folder out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
+from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError, VerificationError
+from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
+from pronghorn.export.layout import OutputShard, lay_out
+from pronghorn.export.merged import Progress, write_shards, zero_updates
+from pronghorn.export.plan import MergePlan, plan_merge
+from pronghorn.export.report import ExportReport, changed_share, merge_warnings
+from pronghorn.export.verify import verify as check
+from pronghorn.export.vocabulary import TOKENIZER_FILES, FolderEdits, merged_files
+from pronghorn.sources.record import RECORD_NAME
+from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve, resolve_base
+from pronghorn.sources.source import Source, SourceKind
+from pronghorn.weights.folder import open_weights
+from pronghorn.weights.writer import StagedFolder
+
+
+def export(
+    adapter: str | Path,
+    target: str | Path,
+    *,
+    format: str = "merged_16bit",
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    adapter_name: str | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write what an adapter was trained to be as a folder that other programs open.
+
+    Args:
+        adapter: The adapter's folder or hub id.
+        target: The folder to write; it appears only when complete (and verified).
+        format: "merged_16bit", the base with the adapter merged in; "lora", the adapter and its tokenizer.
+        base: Where the base is; by default the place recorded with the adapter.
+        overwrite: Replace ``target`` where it has content, in one step.
+        adapter_name: Which adapter, where the folder holds several.
+        verify: Check the result in a fresh process before it appears.
+        progress: Called with the bytes of weights written so far and in all.
+
+    Raises:
+        NotSupportedError: an unknown format, or an adapter of a kind that cannot be merged.
+        SourceError, AdapterError: the adapter or the base cannot be used, or do not belong together.
+        ExportError: an adapter tensor has no place in the base, or the disk refuses; nothing appears.
+        VerificationError: the result broke a promise; nothing appears.
+    """
+    if format not in _FORMATS:
+        raise NotSupportedError(
+            f"the format {format!r} is not known", fix=f"choose one of {', '.join(_FORMATS)}"
+        )
+    started = time.perf_counter()
+    source = _find_adapter(adapter, adapter_name)
+    # the base's own code is copied, never run here; verification decides for itself
+    found = resolve_base(source, base=base, trust_remote_code=True)
+    goal = Path(target).expanduser()
+    check_apart(goal, {"base": found.path, "adapter": source.path})
+    job = _Job(source, found, goal, overwrite, verify, progress)
+    with _disk_errors(goal):
+        report = _FORMATS[format](job)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Job:
+    adapter: Source
+    base: Source
+    target: Path
+    overwrite: bool
+    verify: bool
+    progress: Progress | None
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer of training lies: with the adapter, or one up where PEFT made a subfolder."""
+        places = (self.adapter.path, self.adapter.path.parent)
+        named = places if self.adapter.config.get(_SUBFOLDER) else places[:1]
+        return next((place for place in named if (place / TOKENIZER_FILES[1]).is_file()), places[0])
+
+
+# marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named
+_SUBFOLDER = "_pronghorn_subfolder"
+
+
+def _find_adapter(adapter: str | Path, name: str | None) -> Source:
+    local = Path(adapter).expanduser()
+    folder = local if local.is_dir() else resolve(adapter).path
+    chosen = choose_adapter(folder, name) if _holds_adapter(folder) else folder
+    source = resolve(chosen)
+    if source.kind is not SourceKind.ADAPTER:
+        raise AdapterError(
+            f"{adapter} is a {source.kind.value}, not an adapter", fix="give the adapter's folder"
+        )
+    nested = {_SUBFOLDER: True} if chosen != folder else {}
+    return replace(source, name=str(adapter), config={**source.config, **nested})
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() or any(folder.glob(f"*/{ADAPTER_CONFIG}"))
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PronghornError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(
+                f"the disk of {target} became full; nothing was kept", fix="free some space"
+            ) from error
+        raise ExportError(
+            f"{target} cannot be written: {error.strerror or error}; nothing was kept",
+            fix="choose a target where you may write",
+        ) from error
+
+
+def _merged(job: _Job) -> ExportReport:
+    weights = open_weights(job.base.path)
+    adapter = read_adapter(job.adapter.path)
+    plan = plan_merge(weights, job.base.config, adapter)
+    zero = _check_values(plan)
+    shards = lay_out(plan)
+    edits = merged_files(
+        job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
+    )
+    copied, left = small_files(job.base.path)
+    copied = [name for name in copied if str(name) not in edits.files]
+    updated = {name for name, change in plan.changes.items() if change.update and not change.tokens}
+    needed = sum(shard.size for shard in shards) + sum(
+        (job.base.path / name).stat().st_size for name in copied
+    )
+    check_space(job.target, needed)
+    with StagedFolder(job.target, job.overwrite) as staging:
+        counts = write_shards(shards, adapter.shard, staging, job.progress)
+        copy_into(job.base.path, copied, staging)
+        _write_edits(edits, staging)
+        _write_index(plan, shards, staging)
+        checks = _verified(job, staging, against=job.adapter.path) if job.verify else ()
+    return ExportReport(
+        folder=job.target,
+        format="merged_16bit",
+        adapter=job.adapter.path,
+        base=job.base.path,
+        tensors_merged=len(plan.changes),
+        tensors_copied=sum(len(shard.tensors) for shard in shards) - len(plan.changes),
+        bytes_written=needed,
+        changed_share=changed_share(counts),
+        warnings=merge_warnings(counts, updated, zero),
+        changes=tuple(edits.listed),
+        left_out=left_out(weights, left),
+        seconds=0.0,
+        verified=True if job.verify else None,
+        checks=checks,
+    )
+
+
+def _check_values(plan: MergePlan) -> list[str]:
+    """Read the adapter once: refuse what is not finite; return the file tensors whose update is zero."""
+    adapter: AdapterFolder = plan.adapter
+    zero, broken = zero_updates(adapter.shard)
+    if broken:
+        raise ExportError(
+            f"{len(broken)} tensors of the adapter {adapter.path} hold NaN or infinity, first {broken[0]}",
+            fix="export an earlier checkpoint",
+        )
+    return [
+        name
+        for name, change in plan.changes.items()
+        if change.update is not None
+        and change.update.pair.magnitude is None
+        and not zero.isdisjoint((change.update.pair.a.name, change.update.pair.b.name))
+    ]
+
+
+def _write_edits(edits: FolderEdits, staging: Path) -> None:
+    for name, content in edits.files.items():
+        if content is not None:
+            (staging / name).write_bytes(content)
+
+
+def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path) -> None:
+    """The base's index, byte for byte where nothing in it changes."""
+    index = plan.weights.index
+    if index is None:
+        return
+    if plan.untied is None and plan.vocabulary is None:
+        (staging / index.name).write_bytes(index.read_bytes())
+        return
+    document = json.loads(index.read_text(encoding="utf-8"))
+    entries = {one.entry.name: (shard.name, one.entry) for shard in shards for one in shard.tensors}
+    document["weight_map"] = {name: entries[name][0] for name in sorted(entries)}
+    metadata = document.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        metadata["total_size"] = sum(entry.nbytes for _, entry in entries.values())
+    if isinstance(metadata, dict) and "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(prod(entry.shape) for _, entry in entries.values())
+    (staging / index.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _lora(job: _Job) -> ExportReport:
+    """The adapter as PEFT wrote it, with the tokenizer it was trained with (else the base's)."""
+    read_adapter(job.adapter.path)
+    names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_NAME, "README.md"]
+    tokenizer = job.tokenizer if (job.tokenizer / TOKENIZER_FILES[1]).is_file() else job.base.path
+    pieces = [(job.adapter.path, name) for name in names] + [(tokenizer, name) for name in TOKENIZER_FILES]
+    pieces = [(folder, name) for folder, name in pieces if (folder / name).is_file()]
+    needed = sum((folder / name).stat().st_size for folder, name in pieces)
+    check_space(job.target, needed)
+    with StagedFolder(job.target, job.overwrite) as staging:
+        for folder, name in pieces:
+            copy_into(folder, [Path(name)], staging)
+        checks = _verified(job, staging, against=None) if job.verify else ()
+    return ExportReport(
+        folder=job.target,
+        format="lora",
+        adapter=job.adapter.path,
+        base=job.base.path,
+        tensors_merged=0,
+        tensors_copied=len(read_adapter(job.adapter.path).shard.tensors),
+        bytes_written=needed,
+        changed_share=None,
+        warnings=(),
+        changes=() if tokenizer == job.tokenizer else ("tokenizer: the base's, the adapter has none",),
+        left_out=(),
+        seconds=0.0,
+        verified=True if job.verify else None,
+        checks=checks,
+    )
+
+
+def _verified(job: _Job, staging: Path, *, against: Path | None) -> tuple[tuple[str, str], ...]:
+    """Check the staged folder, the deep part in a fresh process; a broken promise keeps it from appearing."""
+    report = check(staging, deep=against is not None, against=against, base=job.base.path)
+    failure = report.first_failure
+    if failure is None:
+        return tuple((row.name, row.detail) for row in report.rows)
+    detail = failure.detail.replace(str(staging), str(job.target))
+    if failure.ok is None:
+        raise VerificationError(
+            f"{job.target} was not verified, so it was not written: {failure.name}: {detail}",
+            fix="remove the cause, or export with verify=False (--no-verify) and check it elsewhere",
+        )
+    raise VerificationError(
+        f"{job.target} was not written, it would break a promise: {failure.name}: {detail}",
+        fix="please report this; verify=False (--no-verify) writes the folder for a closer look",
+    )
+
+
+_FORMATS: dict[str, Callable[[_Job], ExportReport]] = {"merged_16bit": _merged, "lora": _lora}

@@ -1,0 +1,366 @@
+"""The names notebooks already use: FastLanguageModel unfolds them into options and calls the rooms below.
+
+Every keyword either has an effect or is refused with the reason; none is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pronghorn.adapters.attach import attach_lora
+from pronghorn.adapters.options import ALL_LINEAR, DEFAULT_TARGETS, LoraOptions
+from pronghorn.adapters.origin import changed_weights, origin_of
+from pronghorn.adapters.save import save_adapter
+from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
+from pronghorn.loading.load import load
+from pronghorn.loading.options import LoadOptions
+from pronghorn.memory import recompute
+
+DEFAULT_SEED = 3407
+SAVE_METHODS = ("merged_16bit", "lora")
+Recompute = bool | Literal["unsloth"]
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A known keyword without effect here: the values that ask for nothing, and why any other is refused."""
+
+    neutral: tuple[Any, ...]
+    reason: str
+    fix: str = "leave it out"
+
+
+_NO_VLLM = "belongs to fast_inference, which is not available: serve the merged folder with vLLM instead"
+_LOAD_REFUSED: Mapping[str, _Refused] = MappingProxyType(
+    {
+        "fix_tokenizer": _Refused((None, False), "tokenizers are used as they are, never repaired"),
+        "resize_model_vocab": _Refused((None,), "the vocabulary is not resized while loading",
+                                       "call model.resize_token_embeddings after loading"),
+        "use_exact_model_name": _Refused((None, True), "names are never exchanged for others here"),
+        "offload_embedding": _Refused((None, False), "embeddings are not offloaded"),
+        "float32_mixed_precision": _Refused((None,), "adapters always train in float32"),
+        "fast_inference": _Refused((None, False), "no vLLM engine is started inside training",
+                                   "serve the merged folder with vLLM"),
+        "gpu_memory_utilization": _Refused((None,), _NO_VLLM),
+        "float8_kv_cache": _Refused((None, False), _NO_VLLM),
+        "max_lora_rank": _Refused((None,), _NO_VLLM),
+        "disable_log_stats": _Refused((None, True), _NO_VLLM),
+        "qat_scheme": _Refused((None,), "quantisation-aware training is not available"),
+        "load_in_fp8": _Refused((None, False), "loading in FP8 is not available", "load in 16-bit"),
+        "unsloth_tiled_mlp": _Refused((None, False), "tiled MLPs are not available"),
+        "num_labels": _Refused((None,), "classification heads are not available"),
+    }
+)  # fmt: skip
+_PEFT_REFUSED: Mapping[str, _Refused] = MappingProxyType(
+    {
+        "loftq_config": _Refused((None, {}), "LoftQ replaces the base by a quantised one"),
+        "temporary_location": _Refused((None,), "nothing is spilled to a temporary folder"),
+        "qat_scheme": _Refused((None,), "quantisation-aware training is not available"),
+        "task_type": _Refused((None, "CAUSAL_LM"), "only causal language models can be trained"),
+    }
+)
+_SAVE_REFUSED: Mapping[str, _Refused] = MappingProxyType(
+    {
+        "push_to_hub": _Refused((None, False), "nothing is uploaded", "upload the folder with `hf upload`"),
+        "token": _Refused((None,), "nothing is uploaded"),
+        "max_shard_size": _Refused((None,), "the base's own shard layout is kept"),
+        "maximum_memory_usage": _Refused((None,), "the merge streams and needs little memory"),
+        "temporary_location": _Refused((None,), "nothing is spilled to a temporary folder"),
+        "safe_serialization": _Refused((None, True), "only safetensors files are written"),
+        "state_dict": _Refused((None,), "the merge reads the model's own adapter"),
+        "variant": _Refused((None,), "the base's own file names are kept"),
+    }
+)
+# names notebooks call on a model, and what to do instead
+_REFUSED_METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "push_to_hub_merged": "save_pretrained_merged(DIR), then `hf upload`",
+        "save_pretrained_gguf": "save_pretrained_merged(DIR), then llama.cpp's convert_hf_to_gguf.py DIR",
+        "push_to_hub_gguf": "save_pretrained_merged(DIR), then llama.cpp's convert_hf_to_gguf.py DIR",
+        "save_pretrained_torchao": "save_pretrained_merged(DIR), then torchao on that folder",
+    }
+)
+
+
+class FastLanguageModel:
+    """Load, attach, and switch between training and inference. No instances: four static methods."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str | Path,
+        max_seq_length: int | None = None,
+        dtype: Any = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        load_in_16bit: bool | None = None,
+        full_finetuning: bool = False,
+        token: str | bool | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        rope_scaling: Any = None,
+        *,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: Recompute = True,
+        revision: str | None = None,
+        random_state: int = DEFAULT_SEED,
+        text_only: bool = True,
+        base: str | Path | None = None,
+        **other: Any,
+    ) -> tuple[Any, Any]:
+        """Load a base, or an adapter with its base, from a folder or the hub; returns ``(model, tokenizer)``.
+
+        Args:
+            model_name: a local folder, or a hub id.
+            max_seq_length: longest sequence in tokens; None is 2048, or the model's own limit if less.
+            dtype: None for the config's own, else bfloat16, float16 or float32.
+            load_in_4bit, load_in_8bit, full_finetuning, rope_scaling: not available yet.
+            load_in_16bit: what happens anyway.
+            token: access token of the hub.
+            device_map: None for the accelerator (or CPU), else as in transformers.
+            trust_remote_code: run Python code that comes with the model.
+            use_gradient_checkpointing: True for recompute, False for none; "unsloth" is stock recompute.
+            revision: branch, tag or commit of a hub model.
+            random_state: seed of an adapter attached later.
+            text_only: only text models can be loaded.
+            base: for an adapter, where its base is now.
+            **other: other names of this kind are refused with the reason.
+
+        Raises:
+            NotSupportedError, ConfigError: a keyword that cannot be honoured, or is unknown.
+            SourceError, AdapterError: as for ``pronghorn.load``.
+        """
+        _refuse("from_pretrained", other, _LOAD_REFUSED, FastLanguageModel.from_pretrained)
+        _check_precision(load_in_4bit, load_in_8bit, load_in_16bit, dtype)
+        if full_finetuning:
+            raise NotSupportedError("full_finetuning=True: only adapters are trained", fix="leave it out")
+        if rope_scaling is not None:
+            raise NotSupportedError(
+                "rope_scaling cannot be changed at load", fix="set it in the model's config.json"
+            )
+        if not text_only:
+            raise NotSupportedError("text_only=False: only text models can be loaded", fix="leave it out")
+        options = LoadOptions(
+            max_seq_length=max_seq_length,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            recompute=_recompute(use_gradient_checkpointing),
+            seed=random_state,
+            base=base,
+        )
+        model, tokenizer = load(model_name, options)
+        _bind(model)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        r: int = 16,
+        target_modules: str | Iterable[str] | None = DEFAULT_TARGETS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: int | Iterable[int] | None = None,
+        layers_pattern: str | Iterable[str] | None = None,
+        finetune_last_n_layers: int | None = None,
+        use_gradient_checkpointing: Recompute | None = None,
+        random_state: int | None = None,
+        max_seq_length: int | None = None,
+        use_rslora: bool = False,
+        modules_to_save: Iterable[str] | None = None,
+        init_lora_weights: bool | str = True,
+        *,
+        use_dora: bool = False,
+        target_parameters: Iterable[str] | None = None,
+        ensure_weight_tying: bool | None = None,
+        **other: Any,
+    ) -> Any:
+        """Attach a LoRA adapter and print what was attached; returns a PeftModel.
+
+        Args:
+            model: from ``from_pretrained``, or any transformers causal language model.
+            r, lora_alpha, lora_dropout, bias: as in PEFT's LoraConfig.
+            use_rslora, use_dora, init_lora_weights: as in PEFT's LoraConfig.
+            target_modules: names, "all-linear", or one regex over full names; None is "all-linear".
+            layers_to_transform, layers_pattern, finetune_last_n_layers: restrict the layers.
+            use_gradient_checkpointing: None keeps what from_pretrained was told.
+            random_state: seed of the adapter; None keeps that of from_pretrained.
+            max_seq_length: may repeat the value of from_pretrained; another one is refused.
+            modules_to_save: modules trained in full.
+            target_parameters: parameters such as stacked experts.
+            ensure_weight_tying: for tied models whose embedding or head trains: True keeps them one,
+                False unties.
+            **other: other names of this kind are refused with the reason.
+
+        Raises:
+            AdapterError, NotSupportedError, ConfigError: what cannot be attached, and why.
+        """
+        _refuse("get_peft_model", other, _PEFT_REFUSED, FastLanguageModel.get_peft_model)
+        origin = origin_of(model)
+        if max_seq_length is not None and origin is not None and max_seq_length != origin.max_seq_length:
+            raise ConfigError(
+                f"max_seq_length is {max_seq_length} here and was {origin.max_seq_length} in from_pretrained",
+                fix="set it in from_pretrained only",
+            )
+        seed = random_state if random_state is not None else (origin.seed if origin else DEFAULT_SEED)
+        options = LoraOptions(
+            r=r,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            targets=_names(ALL_LINEAR if target_modules is None else target_modules),
+            target_parameters=tuple(target_parameters or ()),
+            bias=bias,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            modules_to_save=tuple(modules_to_save or ()),
+            layers=_layers(layers_to_transform),
+            last_layers=finetune_last_n_layers,
+            layers_pattern=None if layers_pattern is None else _names(layers_pattern),
+            init=init_lora_weights,
+            tied=None if ensure_weight_tying is None else ("keep" if ensure_weight_tying else "untie"),
+            seed=seed,
+        )
+        wrapped = attach_lora(model, options)
+        if use_gradient_checkpointing is not None:
+            _switch_recompute(wrapped, _recompute(use_gradient_checkpointing))
+        _bind(wrapped)
+        return wrapped
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: Recompute = True) -> Any:
+        """Training mode: dropout on, no key-value cache, recompute as asked. Returns the model."""
+        model.train()
+        model.config.use_cache = False
+        _switch_recompute(model, _recompute(use_gradient_checkpointing))
+        return model
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Inference mode: dropout off, key-value cache on, no recompute. Returns the model."""
+        model.eval()
+        model.config.use_cache = True
+        _switch_recompute(model, False)
+        return model
+
+
+def _refuse(call: str, given: Mapping[str, Any], known: Mapping[str, _Refused], function: Any) -> None:
+    for name, value in given.items():
+        rule = known.get(name)
+        if rule is None:
+            code = function.__code__
+            names = [*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *known]
+            close = get_close_matches(name, names, n=1)
+            raise ConfigError(
+                f"{call} has no keyword {name!r}",
+                fix=f"did you mean {close[0]}?" if close else "leave it out",
+            )
+        if not any(value is one or value == one for one in rule.neutral):
+            raise NotSupportedError(f"{name}={value!r}: {rule.reason}", fix=rule.fix)
+
+
+def _check_precision(four: bool, eight: bool, sixteen: bool | None, dtype: Any) -> None:
+    for bits, asked in ((4, four), (8, eight)):
+        if asked:
+            raise NotSupportedError(
+                f"load_in_{bits}bit=True: quantised loading is not available yet",
+                fix=f"use load_in_{bits}bit=False; the model is then loaded in 16-bit",
+            )
+    if sixteen and str(dtype).removeprefix("torch.") in ("float32", "fp32"):
+        raise ConfigError(f"load_in_16bit=True contradicts dtype={dtype}", fix="keep one of them")
+
+
+def _recompute(asked: Recompute) -> bool:
+    if asked == "unsloth":
+        print('use_gradient_checkpointing="unsloth": stock recompute is used, nothing is offloaded')
+        return True
+    if not isinstance(asked, bool):
+        raise ConfigError(f"use_gradient_checkpointing is {asked!r}", fix='use True, False or "unsloth"')
+    return asked
+
+
+def _switch_recompute(model: Any, on: bool) -> None:
+    if on and not recompute.is_on(model):
+        recompute.enable(model)
+    elif not on and recompute.is_on(model):
+        recompute.disable(model)
+
+
+def _names(given: str | Iterable[str]) -> str | tuple[str, ...]:
+    return given if isinstance(given, str) else tuple(given)
+
+
+def _layers(given: int | Iterable[int] | None) -> int | tuple[int, ...] | None:
+    return given if given is None or isinstance(given, int) else tuple(given)
+
+
+def _bind(model: Any) -> None:
+    """Put the methods notebooks call on this one instance."""
+    model.for_training = types.MethodType(FastLanguageModel.for_training, model)
+    model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
+    model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
+    for name, instead in _REFUSED_METHODS.items():
+        setattr(model, name, types.MethodType(_refusing(name, instead), model))
+
+
+def _refusing(name: str, instead: str) -> Any:
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        """Not available; the error names the way out."""
+        del self
+        raise NotSupportedError(f"{name} is not available", fix=instead)
+
+    return refuse
+
+
+def _save_pretrained_merged(
+    self: Any,
+    save_directory: str | Path,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    overwrite: bool = False,
+    **other: Any,
+) -> Any:
+    """Write the base files with the adapter merged in ("merged_16bit"), or the adapter ("lora").
+
+    The merge goes from files to files and is verified in a fresh process; ``overwrite`` replaces a folder.
+
+    Raises:
+        ConfigError, NotSupportedError: an unknown save_method or keyword.
+        AdapterError: the model has no adapter, or its base was changed in memory.
+        ExportError: the export failed or did not verify; nothing was written.
+    """
+    _refuse("save_pretrained_merged", other, _SAVE_REFUSED, _save_pretrained_merged)
+    if save_method not in SAVE_METHODS:
+        raise ConfigError(f"save_method is {save_method!r}", fix=f"use one of: {', '.join(SAVE_METHODS)}")
+    if not hasattr(self, "peft_config"):
+        raise AdapterError(
+            "the model has no adapter, so there is nothing to merge", fix="call get_peft_model first"
+        )
+    if save_method == "lora":
+        return save_adapter(self, save_directory, tokenizer=tokenizer)
+    origin = origin_of(self)
+    if origin is None:
+        raise AdapterError(
+            "the model was not loaded by pronghorn, so the files of its base are not known",
+            fix="save the adapter with save_pretrained, then run `pronghorn export ADAPTER DIR --base BASE`",
+        )
+    changed = changed_weights(self, origin)
+    if changed:
+        raise AdapterError(
+            f"{len(changed)} weights of the base were changed in memory after loading (first: {changed[0]}); "
+            "a merge is made from the files, where they are unchanged",
+            fix="undo the change (unmerge_adapter() after merge_adapter()), or save the adapter alone",
+        )
+    from pronghorn.export.run import export
+
+    with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
+        adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
+        return export(adapter, save_directory, format=save_method, overwrite=overwrite)

@@ -1,0 +1,111 @@
+"""Load a saved adapter onto its base; a tensor that is missing or left over is an error, not a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from pronghorn.adapters.attach import peft_warnings
+from pronghorn.errors import AdapterError
+from pronghorn.sources.resolve import ADAPTER_WEIGHTS
+from pronghorn.sources.source import Source
+
+_PREFIX = "base_model.model."
+_SHOWN = 8
+
+
+def load_adapter(model: Any, source: Source) -> PeftModel:
+    """Wrap ``model`` with the adapter of ``source``, trainable again.
+
+    An adapter that carries a resized embedding resizes the model first.
+
+    Raises:
+        AdapterError: the adapter's tensors are not exactly those its config asks for on this base.
+    """
+    tensors = load_file(source.path / ADAPTER_WEIGHTS, device="cpu")
+    _check_finite(source.path, tensors)
+    _resize(model, tensors)
+    try:
+        config = LoraConfig.from_pretrained(str(source.path))
+        config.inference_mode = False
+        with peft_warnings():
+            wrapped = PeftModel(model, config)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise AdapterError(
+            f"the adapter {source.path} does not fit its base: {error}",
+            fix="check that adapter_config.json belongs to these weights, or pass base= with another base",
+        ) from error
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    problems = _compare(wrapped, expected, tensors)
+    owned = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    try:
+        result = set_peft_model_state_dict(wrapped, tensors)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise _refusal(source.path, problems or [f"{type(error).__name__}: {error}"]) from error
+    # an adapter with the names of an older transformers differs from `expected` and may still fit exactly
+    missing, extra = sorted(owned & set(result.missing_keys)), sorted(result.unexpected_keys)
+    if missing or extra:
+        raise _refusal(source.path, problems or [*_line("missing", missing), *_line("extra", extra)])
+    return wrapped
+
+
+def _compare(
+    model: PeftModel, expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> list[str]:
+    carried = {name for name in tensors if name not in expected and _is_embedding(model, name)}
+    missing = sorted(expected.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - expected.keys() - carried)
+    shapes = [
+        f"{name} (file {list(tensors[name].shape)}, model {list(expected[name].shape)})"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
+    ]
+    return [*_line("missing", missing), *_line("extra", extra), *_line("of another shape", shapes)]
+
+
+def _line(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"] if names else []
+
+
+def _refusal(folder: Path, problems: list[str]) -> AdapterError:
+    return AdapterError(
+        f"the adapter {folder} does not hold the tensors its config asks for: {'; '.join(problems)}",
+        fix="save or copy the adapter again with its adapter_config.json, and check that the base is its own",
+    )
+
+
+def _is_embedding(model: PeftModel, name: str) -> bool:
+    """PEFT saves a whole embedding beside the factors when it is adapted or was resized."""
+    bare = name.removeprefix(_PREFIX).replace(".base_layer", "")
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends += tuple(getattr(end, "base_layer", None) for end in ends)
+    return any(
+        module in ends and bare == f"{key.removeprefix(_PREFIX).replace('.base_layer', '')}.weight"
+        for key, module in model.named_modules()
+        if module is not None
+    )
+
+
+def _resize(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
+    name = names.get(id(model.get_input_embeddings()))
+    for suffix in (".weight", ".base_layer.weight"):
+        carried = tensors.get(f"{_PREFIX}{name}{suffix}")
+        if carried is not None and carried.shape[0] != model.get_input_embeddings().weight.shape[0]:
+            # the carried embedding overwrites every row, so none needs a sensible start
+            model.resize_token_embeddings(carried.shape[0], mean_resizing=False)
+
+
+def _check_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise AdapterError(
+            f"the adapter {folder} holds NaN or infinite values: {'; '.join(_line('tensors', broken))}",
+            fix="use an earlier checkpoint",
+        )

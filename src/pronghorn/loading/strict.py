@@ -1,0 +1,126 @@
+"""Load base weights so that every tensor of the model comes from the files and all of the files is used.
+
+transformers only logs a missing tensor and fills it with random numbers; here that is an error, found on the
+meta device before a byte of the weights is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from pronghorn.errors import NotSupportedError, SourceError
+from pronghorn.sources.source import Source
+
+_SHOWN = 8
+
+
+def load_base(source: Source, *, dtype: torch.dtype | str, device_map: Any, trust_remote_code: bool) -> Any:
+    """Load the causal language model of a base folder, in evaluation mode.
+
+    Raises:
+        SourceError: the config builds no model, or its tensors and those of the files differ.
+        NotSupportedError: the model is no causal language model.
+    """
+    common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = _config(source, common)
+    with _quiet():
+        _, info = _build(
+            source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
+        )
+    _check(source, info)
+    model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
+    _check(source, info)
+    return model.eval()
+
+
+def _config(source: Source, common: dict[str, Any]) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source.path, **common)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        raise SourceError(
+            f"{source.path / 'config.json'} is not understood by transformers: {error}",
+            fix="check the config, or upgrade transformers if the model is newer than it",
+        ) from error
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        raise NotSupportedError(
+            f"{source.name} is a multimodal model ({config.model_type}); only text models can be loaded",
+            fix="use a text-only model of the same family",
+        )
+    return config
+
+
+def _build(source: Source, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        OSError,
+        AttributeError,
+        ZeroDivisionError,
+    ) as error:
+        raise SourceError(
+            f"{source.path} cannot be loaded as a causal language model: {type(error).__name__}: {error}",
+            fix="check that config.json belongs to these weights and that transformers knows the model",
+        ) from error
+    return model, info
+
+
+def _check(source: Source, info: dict[str, Any]) -> None:
+    """A tied head is not among the missing: transformers knows which tensors a tie provides."""
+    problems = []
+    for key, meaning in (
+        ("missing_keys", "missing from the files"),
+        ("unexpected_keys", "in the files, not in the model"),
+    ):
+        names = sorted(info.get(key) or ())
+        if names:
+            problems.append(f"{len(names)} {meaning}: {_listed(names)}")
+    wrong = sorted(
+        f"{name} (files {list(found)}, model {list(wanted)})" for name, found, wanted in _mismatches(info)
+    )
+    if wrong:
+        problems.append(f"{len(wrong)} of another shape: {_listed(wrong)}")
+    if info.get("error_msgs"):
+        problems.append("; ".join(str(message) for message in info["error_msgs"]))
+    if problems:
+        raise SourceError(
+            f"{source.path}: the weight files and config.json do not describe the same model. "
+            + "; ".join(problems),
+            fix="download or copy the model again, with its own config.json",
+        )
+
+
+def _mismatches(info: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for one in info.get("mismatched_keys") or ():
+        name, found, wanted = one
+        yield str(name), found, wanted
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No report and no progress bar for the dry run; what it finds becomes the error."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

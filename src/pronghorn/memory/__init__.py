@@ -1,0 +1,1 @@
+"""Recompute of activations."""

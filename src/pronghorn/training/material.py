@@ -1,0 +1,123 @@
+"""What a run is made of: the model with its adapter, the tokenised rows, the manifest that names both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from pronghorn.adapters.attach import attach_lora
+from pronghorn.adapters.origin import Origin, origin_of
+from pronghorn.adapters.save import save_adapter
+from pronghorn.data.prepare import prepare
+from pronghorn.data.templates import choose_template
+from pronghorn.loading.load import load
+from pronghorn.loading.options import LoadOptions
+from pronghorn.sources.resolve import resolve
+from pronghorn.sources.source import SourceKind
+from pronghorn.training.config import RunConfig, with_lora_defaults
+from pronghorn.training.manifest import library_versions, trainable_tensors
+from pronghorn.training.progress import Narrator
+
+# of the data report, what a manifest keeps
+_DATA_FACTS = (
+    "data_hash",
+    "template_hash",
+    "format",
+    "sources",
+    "train_rows",
+    "eval_rows",
+    "bad",
+    "dropped",
+    "truncated",
+    "tokens",
+    "trained_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Material:
+    """A PeftModel, its tokenizer, and ``datasets`` with input_ids and labels."""
+
+    model: Any
+    tokenizer: Any
+    rows: Any
+    eval_rows: Any
+    manifest: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter folder; it appears complete or not at all."""
+        save_adapter(self.model, folder, tokenizer=self.tokenizer)
+
+
+def gather(config: RunConfig, narrator: Narrator) -> Material:
+    """Load the model, attach the adapter, prepare the rows.
+
+    Raises:
+        SourceError, AdapterError, DataError, NotSupportedError: what cannot be used, and why.
+    """
+    wanted = config.model
+    source = resolve(wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
+    is_adapter = source.kind is SourceKind.ADAPTER
+    config = with_lora_defaults(config, adapter=is_adapter)
+    options = LoadOptions(
+        max_seq_length=wanted.max_seq_length, dtype=wanted.dtype, trust_remote_code=wanted.trust_remote_code
+    )
+    with _no_bars():
+        model, tokenizer = load(source, options, say=narrator.say)
+    if config.data.template is not None:
+        tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
+    prepared = prepare(config.data, tokenizer, tokenizer.model_max_length)  # load() set it to what was asked
+    narrator.show(prepared.report)
+    if not is_adapter:
+        model = attach_lora(model, config.lora, say=narrator.say)
+    return Material(
+        model, tokenizer, prepared.train, prepared.eval, _manifest(config, model, prepared.report)
+    )
+
+
+def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
+    origin = _origin(model)
+    trainable = trainable_tensors(model)
+    return {
+        "schema_version": 1,
+        "base": {
+            "name": origin.name,
+            "revision": origin.revision,
+            "path": str(origin.path),
+            "fingerprint": origin.fingerprint,
+        },
+        "max_seq_length": origin.max_seq_length,
+        "data": {name: value for name, value in report.as_dict().items() if name in _DATA_FACTS},
+        "seeds": {
+            "run": config.seed,
+            "data": config.data.seed,
+            "lora": config.lora.seed if config.lora else None,
+        },
+        "device": str(model.device),
+        "versions": library_versions(),
+        "trainable_parameters": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
+        "trainable": trainable,
+    }
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off while a model loads, then as they were."""
+    shown = bool(logging.is_progress_bar_enabled())
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _origin(model: Any) -> Origin:
+    origin = origin_of(model)
+    assert origin is not None, "load() keeps the origin on the model"
+    return origin

@@ -1,0 +1,207 @@
+"""``train``: one configuration in, one run folder out; started again on the same folder it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainerCallback, set_seed
+
+from pronghorn.errors import ConfigError, MissingDependencyError, NotSupportedError, Preempted, PronghornError
+from pronghorn.training.checkpoint import Checkpoint, newest_valid, rotate
+from pronghorn.training.config import RunConfig, load_config, parse_config, with_lora_defaults
+from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_failed
+from pronghorn.training.folder import RunFolder, write_json, write_whole
+from pronghorn.training.lock import RunLock
+from pronghorn.training.manifest import changed_versions, require_same_config, require_same_content
+from pronghorn.training.material import Material, gather
+from pronghorn.training.metrics import MetricsLog, read_metrics
+from pronghorn.training.progress import Narrator
+from pronghorn.training.signals import StopSignals
+from pronghorn.training.trackers import check_trackers
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    ``losses`` has one value per optimizer step; ``eval`` is the last evaluation (``eval_loss`` in nats per
+    token, ``eval_token_accuracy``, ``eval_tokens``), None without an evaluation split; ``resumed_from`` the
+    step of the checkpoint this call went on from; ``was_finished`` whether there was nothing left to do.
+    """
+
+    folder: Path
+    adapter: Path
+    steps: int
+    losses: tuple[float, ...]
+    eval: dict[str, float] | None
+    resumed_from: int | None = None
+    was_finished: bool = False
+
+
+def train(
+    config: RunConfig | str | Path | dict[str, Any], *, callbacks: Sequence[TrainerCallback] = ()
+) -> RunResult:
+    """Fine-tune as ``config`` says, into ``output.folder``; an unfinished run in that folder is resumed.
+
+    Args:
+        config: A RunConfig, the path of a run.yaml, or its content as a mapping.
+        callbacks: Further callbacks for the Trainer (transformers' own kind).
+
+    Raises:
+        ConfigError: a key or value is wrong.
+        SourceError, AdapterError, DataError: the base, the adapter or the rows cannot be used.
+        RunConflictError: the folder holds another run, or another process works in it.
+        NonFiniteLossError: the loss or a gradient became NaN or infinite; the last good checkpoint stays.
+        OutOfMemoryError: names the setting to change.
+        Preempted: a signal stopped the run, its state is sealed; calling again goes on.
+        TrainingError: a checkpoint could not be written or restored.
+    """
+    config = _as_config(config)
+    folder = RunFolder(config.output.folder.expanduser().absolute())
+    narrator = Narrator(quiet=config.logging.progress == "none")
+    folder.create()
+    with RunLock(folder.root), StopSignals() as stop, _kept_environment():
+        config = _settled(config, folder)
+        if folder.adapter.is_dir():
+            narrator.say(f"{folder.root} is a finished run; its adapter is {folder.adapter}")
+            return _result(folder, was_finished=True)
+        folder.clean()
+        return _run(config, folder, narrator, stop, callbacks)
+
+
+def _as_config(config: RunConfig | str | Path | dict[str, Any]) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+def _settled(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The configuration with nothing left open, compared with what the folder says it holds."""
+    _require_one_process()
+    if not folder.config.exists():
+        return with_lora_defaults(config)
+    try:
+        old = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{folder.config} is not valid YAML: {error}", fix="choose another output.folder"
+        ) from None
+    if config.lora is None and isinstance(old, dict) and old.get("lora") is not None:
+        config = with_lora_defaults(config, adapter=False)
+    require_same_config(old, config, folder.root)
+    return config
+
+
+def _require_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise NotSupportedError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not supported yet",
+            fix="start one process, without torchrun or accelerate launch",
+        )
+    if torch.cuda.device_count() > 1:
+        raise NotSupportedError(
+            f"{torch.cuda.device_count()} GPUs are visible: training on several is not supported yet",
+            fix="make one visible, e.g. CUDA_VISIBLE_DEVICES=0",
+        )
+
+
+def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    narrator: Narrator,
+    stop: StopSignals,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
+    check_trackers(config.logging.report_to)
+    write_whole(folder.config, config.to_yaml())
+    set_seed(config.seed)
+    try:
+        material = gather(config, narrator)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(config, 0, "loading") from error
+        raise
+    require_same_content(folder.manifest, material.manifest)
+    start = newest_valid(folder.checkpoints, narrator.say)
+    if start is not None:
+        rotate(folder.checkpoints, config.checkpoints.keep)  # the run may have been killed just before it
+        changed = changed_versions(folder.manifest)
+        if changed:
+            narrator.say(f"libraries changed since the run began: {', '.join(changed)}")
+    if start is None or not folder.manifest.exists():
+        write_json(folder.manifest, material.manifest)
+    MetricsLog(folder.metrics).continue_after(-1 if start is None else start.step)
+    _loop(config, folder, narrator, stop, material, start, callbacks)
+    material.save(folder.adapter)
+    folder.clean()
+    folder.scratch.rmdir()
+    narrator.say(f"adapter written to {folder.adapter}")
+    return _result(folder, resumed_from=start.step if start else None)
+
+
+def _loop(
+    config: RunConfig,
+    folder: RunFolder,
+    narrator: Narrator,
+    stop: StopSignals,
+    material: Material,
+    start: Checkpoint | None,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    try:
+        from pronghorn.training.loop import Loop
+    except ImportError as error:
+        raise MissingDependencyError(f"training needs trl: {error}", fix="pip install trl") from error
+    loop: Loop | None = None
+    try:
+        loop = Loop(config, folder, narrator, stop, material, callbacks)
+        loop.run(start)
+    except PronghornError:
+        raise
+    except Exception as error:
+        step, phase = (loop.step + 1, loop.phase) if loop else (0, "loading")
+        if is_out_of_memory(error):
+            raise out_of_memory(config, step, phase) from error
+        if phase == "saving" and loop is not None:
+            raise save_failed(error, loop.step, loop.last_sealed) from error
+        raise
+    finally:
+        if loop is not None:
+            loop.close()
+    if loop.unfinished:
+        raise Preempted(
+            f"stopped by {stop.requested} after step {loop.step} of {loop.total}; its checkpoint is "
+            f"{folder.checkpoints / f'step-{loop.step}'}",
+            fix="run the same command again to go on",
+        )
+
+
+def _result(folder: RunFolder, *, resumed_from: int | None = None, was_finished: bool = False) -> RunResult:
+    rows = read_metrics(folder.metrics)
+    losses = tuple(float(row["loss"]) for row in rows if "loss" in row)
+    evaluations = [row for row in rows if "eval_loss" in row]
+    last = (
+        {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+        if evaluations
+        else None
+    )
+    return RunResult(folder.root, folder.adapter, len(losses), losses, last, resumed_from, was_finished)
+
+
+@contextlib.contextmanager
+def _kept_environment() -> Iterator[None]:
+    """Give the process its environment back: transformers and accelerate write settings of a run into it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})

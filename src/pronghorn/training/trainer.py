@@ -1,0 +1,226 @@
+"""The boundary to TRL: SFTTrainer through its public methods, from TRL 0.23 to 1.16, and its arguments.
+
+What differs from plain SFTTrainer: a non-finite loss stops the run before the optimizer step, evaluation is
+one token mean over the split and leaves the random state alone, and no usage ping is sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from pronghorn.errors import NonFiniteLossError
+from pronghorn.training.collate import PadCollator
+from pronghorn.training.config import RunConfig
+from pronghorn.training.evaluation import TokenTotals, add_batch
+from pronghorn.training.signals import StopSignals
+
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
+
+
+@dataclass
+class LoopState:
+    """What the trainer and its callbacks tell each other while the loop runs."""
+
+    stop: StopSignals = field(default_factory=StopSignals)
+    phase: str = "training"  # or "evaluation", "saving": what an error that arrives now belongs to
+    tokens: int = 0  # tokens seen since the start of the run, padding not counted
+    eval_due: bool = False  # an evaluation was put off because the run had to stop
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many optimizer steps a run has."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, config: RunConfig, rows: int) -> Schedule:
+        """The schedule of ``config`` over ``rows`` training rows; a last partial batch counts as a batch."""
+        training = config.training
+        batches = math.ceil(rows / training.batch_size)
+        per_epoch = math.ceil(batches / training.gradient_accumulation)
+        total = training.max_steps or math.ceil(training.epochs * per_epoch)
+        return cls(per_epoch, total, int(total * training.warmup_ratio))
+
+
+def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: Any) -> SFTConfig:
+    """TRL's arguments for ``config``; evaluation, saving and stopping are driven by our callbacks instead.
+
+    Args:
+        config: The run.
+        schedule: Its steps.
+        scratch: Where the Trainer may write.
+        model: Asked for its device and dtype.
+    """
+    training = config.training
+    known = {item.name for item in dataclasses.fields(SFTConfig)}
+    on_cpu = model.device.type == "cpu"
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and model.dtype == torch.bfloat16)
+    # transformers 5.22 renamed gradient_checkpointing*; the old names warn there
+    recompute = (
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    )
+    options: dict[str, Any] = {
+        "output_dir": str(scratch),
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": config.eval.batch_size or training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "max_steps": schedule.total_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        "warmup_steps": schedule.warmup_steps,
+        "optim": _OPTIMIZERS[training.optimizer],
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.beta1,
+        "adam_beta2": training.beta2,
+        "adam_epsilon": training.epsilon,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": bf16,
+        "fp16": False,
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        recompute: training.recompute,
+        f"{recompute}_kwargs": {"use_reentrant": False} if training.recompute else None,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": list(config.logging.report_to),
+        "run_name": config.logging.run_name or config.output.folder.name,
+        "logging_dir": str(
+            config.output.folder / "tensorboard"
+        ),  # transformers 5 takes it from the environment
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+        "router_aux_loss_coef": 0.0,  # a mean per forward pass: it would depend on how the batch is cut
+    }
+    optional = {"logging_dir", "router_aux_loss_coef"}
+    return SFTConfig(
+        **{name: value for name, value in options.items() if name in known or name not in optional}
+    )
+
+
+class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
+    """SFTTrainer on rows that are token ids and labels already."""
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        arguments: SFTConfig,
+        rows: Any,
+        eval_rows: Any,
+        loop: LoopState,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.loop = loop
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=PadCollator(pad or 0),
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _send_telemetry(self) -> None:
+        """TRL pings the hub once per trainer unless CI is set; ours sends nothing and touches no global."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: TRL writes one into the output folder at every checkpoint."""
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch.
+
+        Raises:
+            NonFiniteLossError: the loss or a gradient is NaN or infinite; the optimizer has not taken the
+            step.
+        """
+        self.loop.phase = "training"
+        self.loop.tokens += int(inputs["attention_mask"].sum())
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise non_finite("loss", loss.item(), self.state.global_step + 1)
+        self._require_finite_gradients()
+        return loss
+
+    def _require_finite_gradients(self) -> None:
+        """Before clipping: it would spread a NaN over all tensors, and scale an overflowed norm to 0."""
+        gradients = {
+            name: tensor.grad for name, tensor in self.model.named_parameters() if tensor.grad is not None
+        }
+        norm = float(torch.nn.utils.get_total_norm(gradients.values()))
+        if not math.isfinite(norm):
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            raise non_finite("gradient norm", norm, self.state.global_step + 1, first_names(bad))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter of a checkpoint; from here until on_save, an error means that saving failed."""
+        self.loop.phase = "saving"
+        super().save_model(output_dir, _internal_call)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and accuracy as token means over the whole split; a stop request ends it between batches.
+
+        The random state is restored after: a run with and one without evaluation train on the same numbers.
+        """
+        self.loop.phase = "evaluation"
+        totals = TokenTotals()
+        self.model.eval()
+        base = self.accelerator.unwrap_model(self.model).get_base_model()
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), self.compute_loss_context_manager():
+            for batch in dataloader:
+                if self.loop.stop.requested:
+                    self.loop.eval_due = True
+                    return EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=0)
+                add_batch(totals, self.model, base, batch)
+        metrics = totals.metrics(metric_key_prefix)
+        if not math.isfinite(totals.loss):
+            raise non_finite("evaluation loss", totals.loss, self.state.global_step)
+        self.loop.eval_due = False
+        rows = len(dataloader.dataset)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+
+def non_finite(what: str, value: float, step: int, where: str = "") -> NonFiniteLossError:
+    """The error for a number that is NaN or infinite."""
+    return NonFiniteLossError(
+        f"the {what} of step {step} is {value}{where}; nothing of this step was kept",
+        fix="lower training.learning_rate, look at the rows of that step, or set training.precision to fp32; "
+        "the last checkpoint is from before it",
+    )
+
+
+def first_names(names: list[str]) -> str:
+    """The end of a sentence that names up to three tensors; empty for none."""
+    return f", in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""

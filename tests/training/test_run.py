@@ -1,0 +1,163 @@
+"""What a run leaves behind, on every family; what it shows; bases in bfloat16; going on from an adapter."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pronghorn.errors import ConfigError, SourceError
+from pronghorn.training.metrics import MetricsLog, read_metrics, row_from_logs
+from pronghorn.training.run import train
+from tests import tiny
+from tests.training.conftest import MakeConfig
+
+
+def test_the_run_folder_holds_all_there_is_to_know(make_config: MakeConfig, base: Path) -> None:
+    result = train(make_config())
+    assert sorted(path.name for path in result.folder.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "manifest.json",
+        "metrics.jsonl",
+        "run.yaml",
+    ]
+    resolved = yaml.safe_load((result.folder / "run.yaml").read_text())
+    assert resolved["lora"]["r"] == 4 and resolved["training"]["weight_decay"] == 0.0
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert manifest["base"]["path"] == str(base) and manifest["base"]["fingerprint"].startswith("ph1:")
+    assert len(manifest["data"]["data_hash"]) == 64 and manifest["seeds"] == {
+        "run": 42,
+        "data": 0,
+        "lora": 3407,
+    }
+    assert {"python", "torch", "transformers", "peft", "trl"} <= manifest["versions"].keys()
+    assert manifest["trainable_parameters"] == 7424 and len(manifest["trainable"]) == 28
+    record = json.loads((result.adapter / "pronghorn.json").read_text())
+    assert record["base_fingerprint"] == manifest["base"]["fingerprint"]
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in result.adapter.iterdir()
+    }
+
+
+def test_metrics_have_every_step_once(make_config: MakeConfig) -> None:
+    result = train(make_config())
+    rows = read_metrics(result.folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert steps[0].keys() == {
+        "step", "loss", "learning_rate", "grad_norm", "token_accuracy", "epoch", "tokens", "seconds"
+    }  # fmt: skip
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6, 8]
+    assert steps[-1]["tokens"] == 2 * steps[3]["tokens"]  # two epochs of the same rows, padding not counted
+    assert result.losses == tuple(row["loss"] for row in steps) and result.eval is not None
+    assert result.eval["eval_loss"] == rows[-1]["eval_loss"] < rows[2]["loss"]
+
+
+def test_metrics_continue_after_a_step(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 2, 3):
+        log.append({"step": step})
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in read_metrics(log.path)] == [1, 2, 2, 3]
+    log.continue_after(2)
+    assert log.path.read_text().splitlines() == ['{"step": 1}', '{"step": 2}', '{"step": 2}']
+    assert row_from_logs({"train_runtime": 3.0, "train_loss": 1.0}, 3) is None
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "llama"])
+def test_every_family_learns(make_config: MakeConfig, tmp_path: Path, family: str) -> None:
+    base = tiny.write_base(tmp_path / family, family)
+    lora = {"r": 4, "dropout": 0.0}
+    result = train(make_config(model={"name": str(base)}, lora=lora, training={"learning_rate": 0.005}))
+    rows = [row["eval_loss"] for row in read_metrics(result.folder / "metrics.jsonl") if "eval_loss" in row]
+    assert rows[-1] < rows[0]
+    weights = load_file(result.adapter / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_a_bfloat16_base_resumes_bit_for_bit_too(make_config: MakeConfig, tmp_path: Path) -> None:
+    from pronghorn.errors import Preempted
+    from tests.training.test_resume import SignalAt, assert_same
+
+    model = {"name": str(tiny.write_base(tmp_path / "base", "qwen3", dtype=torch.bfloat16))}
+    straight, config = train(make_config("straight", model=model)), make_config("stopped", model=model)
+    with pytest.raises(Preempted):
+        train(config, callbacks=[SignalAt(5)])
+    assert_same(straight, train(config))
+
+
+def test_going_on_from_an_adapter(make_config: MakeConfig) -> None:
+    first = train(make_config("first"))
+    config: dict[str, Any] = make_config("second", model={"name": str(first.adapter)})
+    with pytest.raises(ConfigError, match="is an adapter with a rank and targets"):
+        train(config)
+    del config["lora"]
+    second = train(config)
+    assert second.eval is not None and first.eval is not None
+    assert second.eval["eval_loss"] < first.eval["eval_loss"]
+    assert yaml.safe_load((second.folder / "run.yaml").read_text())["lora"] is None
+    assert train(config).was_finished
+
+
+def test_the_resolved_file_in_the_run_folder_is_the_same_run(make_config: MakeConfig) -> None:
+    result = train(make_config())
+    assert train(result.folder / "run.yaml").was_finished
+
+
+def test_a_template_of_the_run_is_saved_with_the_adapter(make_config: MakeConfig, tmp_path: Path) -> None:
+    template = tiny.CHATML.replace("\\n", " ")
+    (tmp_path / "own.jinja").write_text(template)
+    rows = [
+        {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": w}]}
+        for w in "wxyz"
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "chat.jsonl"), "eval": [], "template": str(tmp_path / "own.jinja")}
+    result = train(make_config(data=data, training={"max_steps": 1}))
+    assert (result.adapter / "chat_template.jinja").read_text() == template
+    assert json.loads((result.folder / "manifest.json").read_text())["data"]["template_hash"]
+
+
+def test_a_missing_base_leaves_nothing_in_the_way(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nowhere"):
+        train(make_config(model={"name": str(tmp_path / "nowhere")}))
+    with pytest.raises(SourceError, match="nowhere"):  # not: "holds something else", not: "is in use"
+        train(make_config(model={"name": str(tmp_path / "nowhere")}))
+
+
+def test_plain_lines_when_stdout_is_no_terminal(
+    make_config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(make_config(logging={"progress": "auto", "every_steps": 3}))
+    out, err = capfd.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines if "eval" not in line] == ["1/8", "3/8", "6/8", "8/8"]
+    assert [line.split()[1] for line in lines if "eval loss" in line] == ["3/8", "6/8", "8/8"]
+    assert "\r" not in out + err and "it/s" not in err and "{'loss'" not in out
+    assert "7,424 of" in out and "19 to train, 7 to evaluate" in out
+
+
+def test_nothing_is_printed_when_asked(make_config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    train(make_config(logging={"progress": "none"}))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    train(make_config(logging={"progress": "auto"}))
+    assert "training" in terminal.getvalue() and "8/8" in terminal.getvalue() and "━" in terminal.getvalue()
