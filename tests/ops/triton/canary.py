@@ -1,4 +1,4 @@
-"""Tensors between NaN canaries: a kernel that writes outside its buffer, or reads there and keeps it, is seen."""
+"""Tensors between NaN canaries: a kernel that writes outside its buffer, or uses what is there, fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MARGIN = 67
 
 
 class Guarded:
-    """``tensor`` is a view into a longer buffer filled with NaN; ``check`` says whether the margins are whole."""
+    """``tensor`` is a view into a longer buffer of NaN; ``check`` says whether the margins are whole."""
 
     def __init__(self, values: torch.Tensor, gap: int = 3) -> None:
         rows = values.reshape(-1, values.shape[-1]) if values.dim() > 1 else values[None]
@@ -33,7 +33,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale:
 
 
 def close_to_truth(fast: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, factor: float = 1.5) -> None:
-    """The fast result is no further from the float64 truth than the plain one in the same dtype, times ``factor``.
+    """The fast result is no further from the float64 truth than the plain one of its dtype, times ``factor``.
 
     Both may be off by one rounding of the result's own dtype.
     """

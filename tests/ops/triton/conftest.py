@@ -1,10 +1,20 @@
-"""On a machine without a GPU the kernels run in Triton's interpreter, which must be chosen before they are defined."""
+"""The same tests on the device there is; without one, in Triton's interpreter (see tests/conftest.py)."""
 
 from __future__ import annotations
 
-import os
+import sys
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+if sys.platform != "linux":
+    collect_ignore_glob = ["test_*.py"]  # Triton is made for Linux only
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a device these are its tests: `pytest -m gpu` takes them too."""
+    here = str(__file__).removesuffix("conftest.py")
+    for item in items:
+        if torch.cuda.is_available() and str(item.path).startswith(here):
+            item.add_marker(pytest.mark.gpu)

@@ -28,7 +28,9 @@ def twice(run: Callable[..., torch.Tensor], *tensors: Any) -> tuple[torch.Tensor
     return run(*tensors), run(*wide)
 
 
-def wide_norm(x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, form: NormForm) -> torch.Tensor:
+def wide_norm(
+    x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, form: NormForm
+) -> torch.Tensor:
     centered = x - x.mean(-1, keepdim=True) if form.centered else x
     unit = centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + form.eps)
     y = unit if w is None else unit * (w + form.offset)
@@ -61,26 +63,33 @@ def test_norm(form: NormForm, dtype: torch.dtype, size: tuple[int, int]) -> None
 def test_norm_without_weight(dtype: torch.dtype) -> None:
     x = randn(4, 77, dtype=dtype)
     y, _ = norm.norm_forward(x, None, None, FORMS[0])
-    close_to_truth(y, plain.norm_forward(x, None, None, FORMS[0])[0], wide_norm(x.double(), None, None, FORMS[0]))
+    close_to_truth(
+        y, plain.norm_forward(x, None, None, FORMS[0])[0], wide_norm(x.double(), None, None, FORMS[0])
+    )
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu", "relu2"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 63, 1025, 2500])
-def test_gated(activation: Any, dtype: torch.dtype, count: int) -> None:
-    tensors = [Guarded(randn(count, dtype=dtype, seed=i, scale=4)) for i in range(3)]
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 63), (2, 1025)])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_gated(activation: Any, dtype: torch.dtype, rows: int, columns: int, in_place: bool) -> None:
+    # the gaps between guarded rows make these strided; plain tensors below are one long row
+    tensors = [Guarded(randn(rows, columns, dtype=dtype, seed=i, scale=4)) for i in range(3)]
     dh, gate, up = (t.tensor for t in tensors)
-    h = gated.gated_forward(gate, up, activation)
     truth_h = plain.reference.activate(gate.double(), activation) * up.double()
-    close_to_truth(h, plain.gated_forward(gate, up, activation), truth_h)
+    expected = plain.gated_forward(gate, up, activation)
+    for a, b in ((gate, up), (gate.contiguous(), up.contiguous())):
+        close_to_truth(gated.gated_forward(a, b, activation), expected, truth_h)
 
     leaves = [gate.double().requires_grad_(), up.double().requires_grad_()]
     out = plain.reference.activate(leaves[0], activation) * leaves[1]
-    truths = (truth_h, *torch.autograd.grad(out, leaves, dh.double()))
-    twins = [t.clone() for t in (dh, gate, up)]
-    plain.gated_backward_(*twins, activation)
-    gated.gated_backward_(dh, gate, up, activation)
-    for fast, twin, truth in zip((dh, gate, up), twins, truths, strict=True):
+    truths = torch.autograd.grad(out, leaves, dh.double())
+    twins = [torch.empty_like(gate), torch.empty_like(up)]
+    plain.gated_backward(dh, gate, up, *twins, activation)
+    apart = torch.full((2, rows, columns + 5), float("nan"), device=DEVICE, dtype=dtype)[..., :columns]
+    made = [gate, up] if in_place else list(apart)
+    gated.gated_backward(dh, gate, up, *made, activation)
+    for fast, twin, truth in zip(made, twins, truths, strict=True):
         close_to_truth(fast, twin, truth)
     for guarded in tensors:
         guarded.check()
@@ -111,7 +120,10 @@ def test_rope(form: RopeForm, dtype: torch.dtype, dim: int, width: int, heads: t
     for backward in (False, True):
         outs = rope.rope(q_view, k_view, cos, sin, form, backward=backward)
         for x, out in zip((q_view, k_view), outs, strict=True):
-            twin, truth = plain.rope(x, cos, sin, form, backward=backward), _wide_rope(x, cos, sin, form, backward)
+            twin, truth = (
+                plain.rope(x, cos, sin, form, backward=backward),
+                _wide_rope(x, cos, sin, form, backward),
+            )
             close_to_truth(out, twin, truth)
     q.check()
     k.check()
@@ -174,16 +186,21 @@ def test_cross_entropy_of_large_logits_is_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("count,block", [(128, 64), (4096 + 64, 64), (70, 10)])
 def test_nf4(dtype: torch.dtype, count: int, block: int) -> None:
-    packed = torch.randint(0, 256, (count // 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    packed = torch.randint(
+        0, 256, (count // 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     packed = packed.to(DEVICE)
     absmax, table = randn(-(-count // block), seed=2).abs(), randn(16, seed=3)
     assert torch.equal(
-        nf4.nf4_decode(packed, absmax, table, block, dtype), plain.nf4_decode(packed, absmax, table, block, dtype)
+        nf4.nf4_decode(packed, absmax, table, block, dtype),
+        plain.nf4_decode(packed, absmax, table, block, dtype),
     )
 
 
 def test_absmax() -> None:
-    codes = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    codes = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(
+        DEVICE
+    )
     table, absmax = randn(256, seed=2), randn(4, seed=3).abs()
     fast, twin = (f(codes, table, absmax, 0.25, 256) for f in (nf4.absmax_decode, plain.absmax_decode))
     # the compiler may fuse the product and the sum: one rounding fewer

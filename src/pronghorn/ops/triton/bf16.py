@@ -12,6 +12,7 @@ from pronghorn.ops.triton.launch import launch
 
 @triton.jit
 def bf16_kernel(bits_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    """``round_bf16`` of int32 bits to int16 bits."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     bits = tl.load(bits_ptr + at, mask=inside, other=0)
@@ -28,6 +29,6 @@ def round_bf16(x: Tensor) -> Tensor:
     how = launch("bf16", x.device)
     grid = (triton.cdiv(x.numel(), how.block[0]),)
     bf16_kernel[grid](
-        x.view(torch.int32), out.view(torch.int16), x.numel(), BLOCK=how.block[0], num_warps=how.warps
+        x.view(torch.int32), out.view(torch.int16), x.numel(), BLOCK=how.block[0], **how.options
     )
     return out

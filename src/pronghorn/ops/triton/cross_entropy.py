@@ -1,4 +1,4 @@
-"""Cross entropy of a tile of logits and its gradient in their place: one program a row, two passes over it."""
+"""Cross entropy of a tile of logits, its gradient in their place: one program a row, two passes over it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, logsum_ptr, row_stride, columns, scale, cap, ignore_index,
     BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
+    """``cross_entropy_`` of one row."""
     row = tl.program_id(0).to(tl.int64)
     start = logits_ptr + row * row_stride
     label = tl.load(labels_ptr + row)
@@ -72,6 +73,6 @@ def cross_entropy_(
     how = launch("cross_entropy", logits.device)
     cross_entropy_kernel[(rows,)](
         logits, labels, loss, logsum, logits.stride(0), columns, scale, softcap, ignore_index,
-        BLOCK=min(how.block[0], triton.next_power_of_2(columns)), CAP=bool(softcap), num_warps=how.warps,
+        BLOCK=min(how.block[0], triton.next_power_of_2(columns)), CAP=bool(softcap), **how.options,
     )  # fmt: skip
     return loss, logsum

@@ -1,4 +1,4 @@
-"""Block sizes and warps, as data for each kind of chip: nothing is tuned at run time, so the first step is not slow."""
+"""Block sizes and warps, as data for each kind of chip: nothing is tuned when a run starts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ class Launch:
     block: tuple[int, ...]
     warps: int = 4
     stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Launch keywords. Fused multiply-add is asked for: Triton's default is announced to change."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 # Elementwise kernels move 2-byte elements in 16-byte pieces: 1024 elements on 4 warps are 8 for each thread.
@@ -44,6 +49,6 @@ def launch(kernel: str, device: torch.device) -> Launch:
     return TUNED.get(chip, DEFAULTS).get(kernel, DEFAULTS[kernel])
 
 
-def row_warps(columns: int) -> int:
-    """Warps for a program that holds a row of ``columns`` elements: about 16 elements a thread, 4 to 16 warps."""
-    return max(4, min(16, columns // 512))
+def row_launch(columns: int) -> Launch:
+    """For a program that holds a row of ``columns`` elements: about 16 elements a thread, 4 to 16 warps."""
+    return Launch((1 << (columns - 1).bit_length(),), warps=max(4, min(16, columns // 512)))

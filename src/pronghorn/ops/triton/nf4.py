@@ -12,6 +12,7 @@ from pronghorn.ops.triton.launch import launch
 
 @triton.jit
 def nf4_kernel(packed_ptr, absmax_ptr, table_ptr, out_ptr, pairs, block, BLOCK: tl.constexpr):
+    """``nf4_decode`` of one block of bytes."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
     byte = tl.load(packed_ptr + pair, mask=inside, other=0).to(tl.int32)
@@ -21,11 +22,12 @@ def nf4_kernel(packed_ptr, absmax_ptr, table_ptr, out_ptr, pairs, block, BLOCK: 
     low = tl.load(table_ptr + (byte & 15)) * scale
     out = tl.interleave(high, low)
     at = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=at < 2 * pairs)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=at // 2 < pairs)
 
 
 @triton.jit
 def absmax_kernel(codes_ptr, table_ptr, absmax_ptr, out_ptr, count, offset, block, BLOCK: tl.constexpr):
+    """``absmax_decode`` of one block of scales."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     code = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.int32)
@@ -38,9 +40,7 @@ def nf4_decode(packed: Tensor, absmax: Tensor, table: Tensor, block: int, dtype:
     out = torch.empty(2 * packed.numel(), dtype=dtype, device=packed.device)
     how = launch("nf4", packed.device)
     grid = (triton.cdiv(packed.numel(), how.block[0]),)
-    nf4_kernel[grid](
-        packed, absmax, table, out, packed.numel(), block, BLOCK=how.block[0], num_warps=how.warps
-    )
+    nf4_kernel[grid](packed, absmax, table, out, packed.numel(), block, BLOCK=how.block[0], **how.options)
     return out
 
 
@@ -50,6 +50,6 @@ def absmax_decode(codes: Tensor, table: Tensor, absmax: Tensor, offset: float, b
     how = launch("absmax", codes.device)
     grid = (triton.cdiv(codes.numel(), how.block[0]),)
     absmax_kernel[grid](
-        codes, table, absmax, out, codes.numel(), offset, block, BLOCK=how.block[0], num_warps=how.warps
+        codes, table, absmax, out, codes.numel(), offset, block, BLOCK=how.block[0], **how.options
     )
     return out

@@ -8,14 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.ops.shapes import NormForm
-from pronghorn.ops.triton.launch import row_warps
+from pronghorn.ops.triton.launch import row_launch
 
 
 @triton.jit
 def norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, root_ptr, row_stride, columns, eps, offset,
-    BLOCK: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, CENTERED: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, CENTERED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    """``norm_forward`` of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -44,6 +46,7 @@ def norm_backward_kernel(
     dy_ptr, x_ptr, root_ptr, weight_ptr, dx_ptr, dy_stride, row_stride, columns, offset,
     BLOCK: tl.constexpr, WEIGHT: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
+    """``norm_backward`` of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -71,10 +74,11 @@ def norm_forward(
     dtype = torch.promote_types(x.dtype, weight.dtype) if early_wide and weight is not None else x.dtype
     y = torch.empty((rows, columns), dtype=dtype, device=x.device)
     root = torch.empty(rows, dtype=torch.float32, device=x.device)
+    how = row_launch(columns)
     norm_forward_kernel[(rows,)](
         x, weight, bias, y, root, x.stride(0), columns, form.eps, form.offset,
-        BLOCK=triton.next_power_of_2(columns), WEIGHT=weight is not None, BIAS=bias is not None,
-        CENTERED=form.centered, EARLY=form.cast == "early", num_warps=row_warps(columns),
+        BLOCK=how.block[0], WEIGHT=weight is not None, BIAS=bias is not None,
+        CENTERED=form.centered, EARLY=form.cast == "early", **how.options,
     )  # fmt: skip
     return y, root
 
@@ -83,9 +87,10 @@ def norm_backward(dy: Tensor, x: Tensor, root: Tensor, weight: Tensor | None, fo
     """See ``plain.norm_backward``."""
     rows, columns = x.shape
     dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    how = row_launch(columns)
     norm_backward_kernel[(rows,)](
         dy, x, root, weight, dx, dy.stride(0), x.stride(0), columns, form.offset,
-        BLOCK=triton.next_power_of_2(columns), WEIGHT=weight is not None, CENTERED=form.centered,
-        num_warps=row_warps(columns),
+        BLOCK=how.block[0], WEIGHT=weight is not None, CENTERED=form.centered,
+        **how.options,
     )  # fmt: skip
     return dx

@@ -34,20 +34,21 @@ def gated_forward(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return (reference.activate(gate.float(), activation) * up.float()).to(gate.dtype)
 
 
-def gated_backward_(dh: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> None:
-    """In place: ``dh`` becomes h, ``gate`` its gradient, ``up`` its gradient."""
+def gated_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: Activation
+) -> None:
+    """Writes the gradients of ``gate`` and ``up`` to ``dgate`` and ``dup``, which may be the same tensors."""
     with torch.enable_grad():
         e = gate.detach().float().clone().requires_grad_()
         f = reference.activate(e, activation)
     (slope,) = torch.autograd.grad(f.sum(), e)
-    f, d, u = f.detach(), dh.float().clone(), up.float().clone()
-    dh.copy_(f * u)
-    up.copy_(d * f)
-    gate.copy_(d * u * slope)
+    d, u = dh.float(), up.float().clone()
+    dup.copy_(d * f.detach())
+    dgate.copy_(d * u * slope)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, form: RopeForm, *, backward: bool = False) -> Tensor:
-    """Rotary embedding of ``x [B, H, T, D]`` with ``cos``, ``sin`` ``[B or 1, T, W]``; the rest of D passes through.
+    """Rotary embedding of ``x [B, H, T, D]`` with ``cos``, ``sin`` ``[B or 1, T, W]``; the rest of D passes.
 
     Pair i turns: ``y0 = x0 * cos[c0] - x1 * sin[c0]``, ``y1 = x1 * cos[c1] + x0 * sin[c1]``.
     """
@@ -73,7 +74,8 @@ def cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """(loss, logsumexp) of each row, float32 ``[N]``; ``logits [N, V]`` becomes each row's gradient.
 
-    Ignored rows: loss 0, gradient 0. ``z = scale * logits``, then ``softcap * tanh(z / softcap)`` where it is not 0.
+    Ignored rows: loss 0, gradient 0. ``z = scale * logits``; where softcap is not 0, ``softcap * tanh(z /
+    softcap)`` of that.
     """
     with torch.enable_grad():
         leaf = logits.detach().float().clone().requires_grad_()
@@ -89,13 +91,15 @@ def cross_entropy_(
 
 
 def nf4_decode(packed: Tensor, absmax: Tensor, table: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """``packed`` uint8 ``[n/2]`` (high nibble first), ``absmax`` float32 ``[n/block]``, ``table [16]`` to ``[n]``."""
+    """``packed`` uint8 ``[n/2]``, high nibble first; float32 ``absmax [n/block]``, ``table [16]``; to ``[n]``."""
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten().long()
     return (table[codes] * absmax.repeat_interleave(block)[: codes.numel()]).to(dtype)
 
 
 def absmax_decode(codes: Tensor, table: Tensor, absmax: Tensor, offset: float, block: int) -> Tensor:
-    """Double quantisation's scales: ``codes`` uint8 ``[n]``, ``table [256]``, ``absmax [n/block]`` to float32 ``[n]``."""
+    """Double quantisation's scales: ``codes`` uint8 ``[n]``, ``table [256]``, ``absmax [n/block]`` to float32
+    ``[n]``.
+    """
     return table[codes.long()] * absmax.repeat_interleave(block)[: codes.numel()] + offset
 
 

@@ -13,16 +13,17 @@ from pronghorn.ops.triton.launch import launch
 
 @triton.jit
 def _turn(
-    x_ptr, y_ptr, head0, heads, base, head_stride, out_base, out_head_stride, cos0, sin0, cos1, sin1, width, dim,
+    x_ptr, y_ptr, head0, heads, base, head_stride, out_base, out_head_stride, cos0, sin0, cos1, sin1,
+    width, dim,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     pair = tl.arange(0, PAIRS)
     head = head0 + tl.arange(0, HEADS)
-    p0 = pair if HALVES else 2 * pair
-    p1 = pair + width // 2 if HALVES else 2 * pair + 1
+    p0 = pair if HALVES else pair + pair
+    p1 = pair + width // 2 if HALVES else pair + pair + 1
     inside = (head < heads)[:, None] & (pair < width // 2)[None, :]
-    source = x_ptr + base + head.to(tl.int64)[:, None] * head_stride
-    target = y_ptr + out_base + head.to(tl.int64)[:, None] * out_head_stride
+    source = x_ptr + base + head[:, None] * head_stride
+    target = y_ptr + out_base + head[:, None] * out_head_stride
     x0 = tl.load(source + p0[None, :], mask=inside, other=0.0).to(tl.float32)
     x1 = tl.load(source + p1[None, :], mask=inside, other=0.0).to(tl.float32)
     y0 = x0 * cos0[None, :] - x1 * sin0[None, :]
@@ -42,12 +43,13 @@ def rope_kernel(
     HEADS: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr,
     HALVES: tl.constexpr, HALF_TABLE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
+    """``rope`` of one token and one block of heads, of q or of k."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     pair = tl.arange(0, PAIRS)
     inside = pair < width // 2
-    p0 = pair if HALVES else 2 * pair
-    p1 = pair + width // 2 if HALVES else 2 * pair + 1
+    p0 = pair if HALVES else pair + pair
+    p1 = pair + width // 2 if HALVES else pair + pair + 1
     table = batch * table_batch + token * table_token
     cos0 = tl.load(cos_ptr + table + (pair if HALF_TABLE else p0), mask=inside, other=0.0).to(tl.float32)
     sin0 = tl.load(sin_ptr + table + (pair if HALF_TABLE else p0), mask=inside, other=0.0).to(tl.float32)
@@ -58,7 +60,7 @@ def rope_kernel(
         sin0 = -sin1
         sin1 = -swap
     q_blocks = tl.cdiv(q_heads, HEADS)
-    block = tl.program_id(1)
+    block = tl.program_id(1).to(tl.int64)
     # outputs are [batch, token, head, dim] in memory
     if block < q_blocks:
         _turn(
@@ -91,6 +93,6 @@ def rope(
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         HEADS=heads, PAIRS=triton.next_power_of_2(width // 2), DIM=triton.next_power_of_2(dim),
-        HALVES=form.pairs == "halves", HALF_TABLE=form.half_table, BACKWARD=backward, num_warps=how.warps,
+        HALVES=form.pairs == "halves", HALF_TABLE=form.half_table, BACKWARD=backward, **how.options,
     )  # fmt: skip
     return q_out, k_out
