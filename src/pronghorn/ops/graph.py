@@ -70,9 +70,28 @@ class Held:
         return self.tensors
 
 
+def graph_is_kept() -> bool:
+    """Whether the running backward keeps its graph: if not, what a node saved may be overwritten by it.
+
+    Torch has no public way to ask; where its private one is missing, the answer is the safe one.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
 def flat_rows(x: Tensor) -> Tensor:
     """``[..., n]`` as ``[rows, n]``."""
     return x.reshape(-1, x.shape[-1])
+
+
+def like_input(rows: Tensor, shape: torch.Size) -> Tensor:
+    """``[rows, n]`` as ``[*shape[:-1], n]``, without being a view of it.
+
+    A model may scale the result in place (Gemma 3n does), which autograd forbids for views made inside a
+    function.
+    """
+    out: Tensor = torch.ops.aten._unsafe_view(rows, (*shape[:-1], rows.shape[-1]))
+    return out
 
 
 def grad_needed(*tensors: Tensor | None) -> bool:

@@ -27,7 +27,7 @@ def _cap(z, cap):
 @triton.jit
 def cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, logsum_ptr, row_stride, columns, scale, cap, ignore_index,
-    BLOCK: tl.constexpr, CAP: tl.constexpr,
+    BLOCK: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     """``cross_entropy_`` of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -51,7 +51,7 @@ def cross_entropy_kernel(
     # the difference of the two large numbers first: it is exact where logsumexp would round
     tl.store(loss_ptr + row, tl.where(counted, (top - target) + tl.log(total), 0.0))
     tl.store(logsum_ptr + row, top + tl.log(total))
-    for first in range(0, columns, BLOCK):
+    for first in range(0, columns if GRAD else 0, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z = tl.load(start + column, mask=column < columns, other=0.0).to(tl.float32) * scale
         slope = scale
@@ -64,15 +64,22 @@ def cross_entropy_kernel(
 
 
 def cross_entropy_(
-    logits: Tensor, labels: Tensor, *, scale: float = 1.0, softcap: float = 0.0, ignore_index: int = -100
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+    need_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See ``plain.cross_entropy_``; rows contiguous."""
+    """See ``plain.cross_entropy_``; rows contiguous. Without ``need_grad`` the logits stay as they are."""
     rows, columns = logits.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     logsum = torch.empty_like(loss)
     how = launch("cross_entropy", logits.device)
     cross_entropy_kernel[(rows,)](
         logits, labels, loss, logsum, logits.stride(0), columns, scale, softcap, ignore_index,
-        BLOCK=min(how.block[0], triton.next_power_of_2(columns)), CAP=bool(softcap), **how.options,
+        BLOCK=min(how.block[0], triton.next_power_of_2(columns)), CAP=bool(softcap), GRAD=need_grad,
+        **how.options,
     )  # fmt: skip
     return loss, logsum

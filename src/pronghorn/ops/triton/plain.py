@@ -91,7 +91,7 @@ def cross_entropy_(
 
 
 def nf4_decode(packed: Tensor, absmax: Tensor, table: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """``packed`` uint8 ``[n/2]``, high nibble first; float32 ``absmax [n/block]``, ``table [16]``; to ``[n]``."""
+    """uint8 ``packed [n/2]``, high nibble first; float32 ``absmax [n/block]``, ``table [16]``; to ``[n]``."""
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten().long()
     return (table[codes] * absmax.repeat_interleave(block)[: codes.numel()]).to(dtype)
 
