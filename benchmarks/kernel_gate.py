@@ -162,7 +162,7 @@ def compile_case(case: Case, chip: str) -> Row:
 
 
 def _read_cuda(cubin: bytes, product: bool) -> tuple[int, int, bool]:
-    """(registers, accesses to local memory, matrix instructions); the slow disassembly only where it can matter."""
+    """(registers, accesses to local memory, matrix instructions); disassembled only where needed."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
