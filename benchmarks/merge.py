@@ -33,18 +33,20 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def sync(folder):
     for path in [*folder.rglob("*"), folder]:
         fd = os.open(path, os.O_RDONLY); os.fsync(fd); os.close(fd)
+clock = time.process_time()
 def done(start, before):
-    print(json.dumps({"seconds": time.perf_counter() - start, "extra_bytes": peak() - before}))
+    used = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - clock}
+    print(json.dumps({**used, "extra_bytes": peak() - before}))
 """
 COPY = """
-before, start = peak(), time.perf_counter()
+before, start, clock = peak(), time.perf_counter(), time.process_time()
 shutil.copytree(base, target); sync(target)
 done(start, before)
 """
 OURS = """
 from pronghorn.export.run import export
 import torch; torch.ones(64, 64) @ torch.ones(64, 64)
-before, start = peak(), time.perf_counter()
+before, start, clock = peak(), time.perf_counter(), time.process_time()
 export(adapter, target, base=base, verify=False)
 done(start, before)
 """
@@ -53,7 +55,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 torch.ones(64, 64) @ torch.ones(64, 64)
-before, start = peak(), time.perf_counter()
+before, start, clock = peak(), time.perf_counter(), time.process_time()
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
 model.save_pretrained(target, max_shard_size="500MB"); sync(target)
@@ -124,6 +126,7 @@ def hardware() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{memory:.0f} GiB",
         "system": platform.platform(),
+        "load average during the last minute": f"{os.getloadavg()[0]:.1f}",
     }
 
 
@@ -156,6 +159,7 @@ def measure(place: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
     same, count = equal_tensors(kept["pronghorn"], kept["PEFT load + merge + save"])
     seconds = {name: statistics.median(one["seconds"] for one in found) for name, found in times.items()}
     extra = {name: max(one["extra_bytes"] for one in found) for name, found in times.items()}
+    cpu = {name: statistics.median(one["cpu_seconds"] for one in found) for name, found in times.items()}
     copy, ours, peft = seconds.values()
     return {
         "base_bytes": size,
@@ -164,6 +168,7 @@ def measure(place: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
         "rank": RANK,
         "rounds": rounds,
         "median_seconds": seconds,
+        "median_cpu_seconds": cpu,
         "all_seconds": {name: [one["seconds"] for one in found] for name, found in times.items()},
         "extra_peak_bytes": extra,
         "ratio_to_copy": ours / copy,
@@ -179,21 +184,24 @@ def listed(values: dict[str, str]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    seconds, extra = result["median_seconds"], result["extra_peak_bytes"]
+    seconds, cpu, extra = (
+        result[key] for key in ("median_seconds", "median_cpu_seconds", "extra_peak_bytes")
+    )
     equal = "{} of {} tensors".format(*result["equal_tensors"])
     lines = [
         "# Merging an adapter into its base, on files",
         "",
         f"A random Llama-shaped bf16 base of {result['base_bytes'] / 1e9:.2f} GB, {result['shards']} shards,",
         f"LoRA rank {result['rank']} on all linear layers. Warm page cache, each run its own process,",
-        f"until the files are on the disk; imports not counted; median of {result['rounds']} alternating rounds.",
+        f"until the files are on the disk; no imports; median of {result['rounds']} runs, alternating.",
         "",
-        "| | seconds | ratio to copy | extra peak memory |",
-        "|---|---|---|---|",
+        "| | seconds | ratio to copy | CPU seconds | extra peak memory |",
+        "|---|---|---|---|---|",
     ]
     for name, value in seconds.items():
         lines.append(
-            f"| {name} | {value:.2f} | {value / seconds['copy + sync']:.2f} | {extra[name] / 2**20:.0f} MiB |"
+            f"| {name} | {value:.2f} | {value / seconds['copy + sync']:.2f} | {cpu[name]:.2f} "
+            f"| {extra[name] / 2**20:.0f} MiB |"
         )
     lines += [
         "",

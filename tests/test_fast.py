@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError
@@ -354,3 +354,11 @@ FastLanguageModel.get_peft_model(model)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_default_targets_where_names_differ() -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=256)
+    model = FastLanguageModel.get_peft_model(AutoModelForCausalLM.from_config(config))
+    assert len(model.peft_config["default"].target_modules) == 8
+    llama = FastLanguageModel.get_peft_model(tiny.model("llama"))
+    assert len(llama.peft_config["default"].target_modules) == 14

@@ -19,9 +19,14 @@ PUBLIC_NAMES = [
     "RunConfig",
     "attach_lora",
     "export",
+    "get_chat_template",
     "inspect_data",
     "load",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "to_sharegpt",
     "train",
+    "train_on_responses_only",
     "verify",
 ]
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "typer", "pydantic", "rich")

@@ -1,7 +1,8 @@
 """Tiny models with random weights, written as ordinary Hugging Face folders, one per family.
 
 ``write_base(folder, family)`` makes a complete base: config, sharded safetensors, tokenizer with a ChatML
-template, generation config. Weights are large enough that a small adapter moves the logits well above rounding.
+template, generation config. Weights are large enough that a small adapter moves the logits well above
+rounding.
 """
 
 from __future__ import annotations
@@ -85,14 +86,15 @@ def config(family: str, **overrides: Any) -> Any:
 
 
 def model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A model in memory; matrices scaled by 1/sqrt(width), vectors made generic, so that nothing is a no-op."""
+    """A model in memory; matrices scaled by 1/sqrt(width), vectors made generic: nothing is a no-op."""
     torch.manual_seed(seed)
     built = AutoModelForCausalLM.from_config(config(family, **overrides))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in built.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.2 * noise if parameter.dim() < 2 else noise / parameter.shape[-1] ** 0.5)
+            is_vector = parameter.dim() < 2
+            parameter.copy_(parameter + 0.2 * noise if is_vector else noise / parameter.shape[-1] ** 0.5)
     return built.to(dtype).eval()
 
 
@@ -118,7 +120,7 @@ def write_base(
 def write_adapter(
     folder: Path, base: Path, *, seed: int = 0, scale: float = 0.2, adapter_name: str = "default", **lora: Any
 ) -> Path:
-    """Attach LoRA with plain PEFT to the base in ``base``, fill A and B with noise, save the adapter to ``folder``."""
+    """Attach LoRA to the base with plain PEFT, fill A and B with noise, save the adapter to ``folder``."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)

@@ -13,12 +13,18 @@ if TYPE_CHECKING:
     from pronghorn.adapters.attach import attach_lora as attach_lora
     from pronghorn.adapters.options import LoraOptions as LoraOptions
     from pronghorn.data.inspect import inspect_data as inspect_data
+    from pronghorn.data.notebook import get_chat_template as get_chat_template
+    from pronghorn.data.notebook import standardize_data_formats as standardize_data_formats
+    from pronghorn.data.notebook import standardize_sharegpt as standardize_sharegpt
+    from pronghorn.data.notebook import to_sharegpt as to_sharegpt
+    from pronghorn.data.responses import train_on_responses_only as train_on_responses_only
     from pronghorn.errors import PronghornError as PronghornError
     from pronghorn.export.run import export as export
     from pronghorn.export.verify import verify as verify
     from pronghorn.fast import FastLanguageModel as FastLanguageModel
     from pronghorn.loading.load import load as load
     from pronghorn.loading.options import LoadOptions as LoadOptions
+    from pronghorn.patching.accelerate import accelerate as accelerate
     from pronghorn.training.config import RunConfig as RunConfig
     from pronghorn.training.run import train as train
 
@@ -31,11 +37,17 @@ _HOMES = {
     "LoraOptions": "pronghorn.adapters.options",
     "PronghornError": "pronghorn.errors",
     "RunConfig": "pronghorn.training.config",
+    "accelerate": "pronghorn.patching.accelerate",
     "attach_lora": "pronghorn.adapters.attach",
     "export": "pronghorn.export.run",
+    "get_chat_template": "pronghorn.data.notebook",
     "inspect_data": "pronghorn.data.inspect",
     "load": "pronghorn.loading.load",
+    "standardize_data_formats": "pronghorn.data.notebook",
+    "standardize_sharegpt": "pronghorn.data.notebook",
+    "to_sharegpt": "pronghorn.data.notebook",
     "train": "pronghorn.training.run",
+    "train_on_responses_only": "pronghorn.data.responses",
     "verify": "pronghorn.export.verify",
 }
 
@@ -45,11 +57,17 @@ __all__ = [
     "LoraOptions",
     "PronghornError",
     "RunConfig",
+    "accelerate",
     "attach_lora",
     "export",
+    "get_chat_template",
     "inspect_data",
     "load",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "to_sharegpt",
     "train",
+    "train_on_responses_only",
     "verify",
 ]
 

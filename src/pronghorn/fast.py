@@ -18,6 +18,7 @@ from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.options import ALL_LINEAR, DEFAULT_TARGETS, LoraOptions
 from pronghorn.adapters.origin import changed_weights, origin_of
 from pronghorn.adapters.save import save_adapter
+from pronghorn.adapters.targets import resolve_targets
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
@@ -164,7 +165,7 @@ class FastLanguageModel:
     def get_peft_model(
         model: Any,
         r: int = 16,
-        target_modules: str | Iterable[str] | None = DEFAULT_TARGETS,
+        target_modules: str | Iterable[str] | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
@@ -189,7 +190,8 @@ class FastLanguageModel:
             model: from ``from_pretrained``, or any transformers causal language model.
             r, lora_alpha, lora_dropout, bias: as in PEFT's LoraConfig.
             use_rslora, use_dora, init_lora_weights: as in PEFT's LoraConfig.
-            target_modules: names, "all-linear", or one regex over full names; None is "all-linear".
+            target_modules: names, "all-linear", or one regex over full names; None is q_proj, k_proj,
+                v_proj, o_proj, gate_proj, up_proj, down_proj, or "all-linear" where names differ.
             layers_to_transform, layers_pattern, finetune_last_n_layers: restrict the layers.
             use_gradient_checkpointing: None keeps what from_pretrained was told.
             random_state: seed of the adapter; None keeps that of from_pretrained.
@@ -215,7 +217,7 @@ class FastLanguageModel:
             r=r,
             alpha=lora_alpha,
             dropout=lora_dropout,
-            targets=_names(ALL_LINEAR if target_modules is None else target_modules),
+            targets=_names(_default_targets(model) if target_modules is None else target_modules),
             target_parameters=tuple(target_parameters or ()),
             bias=bias,
             use_rslora=use_rslora,
@@ -291,6 +293,14 @@ def _switch_recompute(model: Any, on: bool) -> None:
         recompute.enable(model)
     elif not on and recompute.is_on(model):
         recompute.disable(model)
+
+
+def _default_targets(model: Any) -> str | tuple[str, ...]:
+    try:
+        resolve_targets(model, LoraOptions(targets=DEFAULT_TARGETS))
+    except AdapterError:
+        return ALL_LINEAR
+    return DEFAULT_TARGETS
 
 
 def _names(given: str | Iterable[str]) -> str | tuple[str, ...]:

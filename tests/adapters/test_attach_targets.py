@@ -211,5 +211,5 @@ def test_what_peft_refuses_is_an_error_of_ours() -> None:
     model = tiny.model("llama")
     model.config.model_type = "falcon_h1"  # PEFT refuses out_proj and conv1d of Mamba-based models
     model.model.layers[0].self_attn.out_proj = nn.Linear(64, 64)
-    with pytest.raises(AdapterError, match="PEFT refuses this adapter on LlamaForCausalLM: .*out_proj"):
+    with pytest.raises(AdapterError, match=r"PEFT refuses this adapter on LlamaForCausalLM: .*out_proj"):
         attach_lora(model, LoraOptions(), say=None)

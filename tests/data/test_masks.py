@@ -230,6 +230,12 @@ def test_prompt_and_completion() -> None:
     assert row.input_ids[: len(served)] == served
 
 
+def test_prompt_and_completion_with_loss_on_all() -> None:
+    tok = family_tokenizer("llama-3")
+    (row,) = encode(tok, Pair("Two plus two is", " Four."), loss_on="all")
+    assert trained(tok, row) == "Two plus two is Four.<|eot_id|>"
+
+
 def test_prompt_and_completion_sharing_a_token() -> None:
     """A prompt ending in the space of " Four" keeps the ids a server sends."""
     tok = family_tokenizer("llama-3")

@@ -11,8 +11,29 @@ from tests.guards.source import COMPUTED, ROOT, Module, modules
 # library -> the modules that may import it; a name that ends with a dot stands for everything below it
 PLACES: dict[str, tuple[str, ...]] = {
     # the model stack: whole rooms
-    "torch": ("adapters.", "export.", "hardware", "loading.", "serving.", "training.", "weights."),
-    "transformers": ("adapters.", "data.", "export.", "loading.", "serving.", "training."),
+    "torch": (
+        "adapters.",
+        "attention.",
+        "export.",
+        "hardware",
+        "loading.",
+        "memory.layers",
+        "ops.",
+        "patching.",
+        "serving.",
+        "training.",
+        "weights.",
+    ),
+    "transformers": (
+        "adapters.",
+        "attention.interface",
+        "data.",
+        "export.",
+        "loading.",
+        "memory.layers",
+        "serving.",
+        "training.",
+    ),
     # boundaries: one place for each thing done with the library
     "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model", "serving.chat"),
     "trl": ("training.trainer",),
@@ -22,7 +43,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),
     "typer": ("cli.",),
-    "rich": ("cli.tables", "data.report", "training.progress"),
+    "rich": ("cli.tables", "data.inspect", "data.report", "training.progress"),
     "pydantic": ("data.options", "training.config", "training.config_errors"),
     "yaml": ("training.config", "training.run"),
     "numpy": ("export.merged",),

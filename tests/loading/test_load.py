@@ -286,6 +286,7 @@ A_UP = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
             r"1 of another shape: .*file \[2, 64\], model \[4, 64\]",
         ),
         (lambda t: t.update({A_UP.replace("base_model", "other"): t.pop(A_UP)}), "1 missing: .*1 extra: "),
+        (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}), r"1 extra: .*norm"),
         (lambda t: t[A_UP].fill_(float("nan")), "NaN or infinite"),
     ],
 )
@@ -303,6 +304,20 @@ def test_half_an_adapter_is_an_error(adapter: Path) -> None:
     change(adapter, half)
     with pytest.raises(AdapterError, match=r"14 missing: .* and 6 more"):
         load(adapter, say=None)
+
+
+def test_an_adapter_that_changed_its_base_is_refused(adapter: Path) -> None:
+    edit(adapter / "adapter_config.json", init_lora_weights="pissa_niter_4")
+    with pytest.raises(NotSupportedError, match="moves the base's largest singular values"):
+        load(adapter, say=None)
+
+
+def test_loading_leaves_the_random_stream_alone(adapter: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    load(adapter, say=None)
+    assert torch.equal(torch.rand(2), expected)
 
 
 def test_the_wrong_base_is_refused(adapter: Path, tmp_path: Path) -> None:

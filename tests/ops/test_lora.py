@@ -221,3 +221,14 @@ def test_backward_twice_with_retain_graph() -> None:
     once = x.grad.clone()
     out.backward()
     assert torch.equal(x.grad, 2 * once)
+
+
+def test_results_may_be_changed_in_place() -> None:
+    block = Block()
+    x = torch.randn(2, 5, 64).requires_grad_()
+    (y, *_) = lora.lora_linears(x, parts_of(tuple(block.qkv)))
+    z = mlp.mlp(x, parts_of(tuple(block.first)), parts_of(tuple(block.down))[0], "gated", "silu")
+    for out in (y, z):
+        out *= 2.0
+        (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        assert grad.abs().sum() > 0

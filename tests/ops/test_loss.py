@@ -108,18 +108,19 @@ def test_no_tensor_is_larger_than_the_tile() -> None:
 @pytest.mark.parametrize("chain", ["none", "float", "scale", "softcap"])
 def test_log_prob_and_entropy_with_both_gradients(chain: str, dtype: torch.dtype) -> None:
     (hidden, weight, bias), labels = problem(ignored=0.0)
-    run = lambda op: lambda h, w, b: op(h, w, b, labels, chain=CHAINS[chain])  # noqa: E731
+    run = lambda op: lambda h, w, b: op(h, w, b, labels, chain=CHAINS[chain])[:2]  # noqa: E731
     assert_as_true_as(run(loss.log_prob), run(reference.log_prob), [hidden, weight, bias], dtype)
 
 
 def test_log_prob_alone_runs_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
     (hidden, weight, _), labels = problem(ignored=0.0)
-    logp, _ = loss.log_prob(hidden, weight, None, labels)
+    logp, _, top = loss.log_prob(hidden, weight, None, labels)
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", None)  # backward must not make logits again
         (-logp.sum()).backward()
-    truth = reference.log_prob(hidden.detach().requires_grad_(), weight, None, labels)[0]
+    truth, _, true_top = reference.log_prob(hidden.detach(), weight, None, labels)
     assert torch.allclose(logp, truth, atol=1e-5)
+    assert torch.equal(top, true_top)
 
 
 def test_log_prob_refuses_a_head_that_trains() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pronghorn.training.run import RunResult, train
 from tests import tiny
 
 WORDS = ("class", "return", "import", "torch", "tensor", "self", "value", "error", "name", "type", "none")
@@ -43,24 +44,35 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def config_of(base: Path, rows: Path, folder: Path, **sections: Any) -> dict[str, Any]:
+    """8 steps, 2 epochs with a partial last batch, dropout 0.1, accumulation 2, evaluation each 3."""
+    config: dict[str, Any] = {
+        "model": {"name": str(base)},
+        "data": {"train": str(rows / "train.jsonl"), "eval": str(rows / "eval.jsonl"), "cache": False},
+        "lora": {"r": 4, "dropout": 0.1},
+        "training": {"epochs": 2, "batch_size": 3, "gradient_accumulation": 2, "learning_rate": 0.01},
+        "eval": {"every_steps": 3},
+        "checkpoints": {"every_steps": 4},
+        "logging": {"progress": "none"},
+        "output": {"folder": str(folder)},
+    }
+    for key, value in sections.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    return config
+
+
 @pytest.fixture
 def make_config(base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    """``make_config("run", training={...})``: 8 steps, 2 epochs, dropout 0.1, accumulation 2, eval each 3."""
+    """``make_config("name", training={...})``: that configuration with changes, in a folder of that name."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def make(name: str = "run", **sections: dict[str, Any]) -> dict[str, Any]:
-        config: dict[str, Any] = {
-            "model": {"name": str(base)},
-            "data": {"train": str(rows / "train.jsonl"), "eval": str(rows / "eval.jsonl"), "cache": False},
-            "lora": {"r": 4, "dropout": 0.1},
-            "training": {"epochs": 2, "batch_size": 3, "gradient_accumulation": 2, "learning_rate": 0.01},
-            "eval": {"every_steps": 3},
-            "checkpoints": {"every_steps": 4},
-            "logging": {"progress": "none"},
-            "output": {"folder": str(tmp_path / name)},
-        }
-        for key, value in sections.items():
-            config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
-        return config
+    def make(name: str = "run", **sections: Any) -> dict[str, Any]:
+        return config_of(base, rows, tmp_path / name, **sections)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def straight(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """The uninterrupted run of the unchanged configuration; not to be written to."""
+    return train(config_of(base, rows, tmp_path_factory.mktemp("straight") / "run"))

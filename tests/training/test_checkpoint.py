@@ -25,7 +25,7 @@ from pronghorn.training.checkpoint import (
     seal,
 )
 from pronghorn.training.folder import RunFolder
-from pronghorn.training.run import train
+from pronghorn.training.run import RunResult, train
 from tests.training.conftest import MakeConfig
 from tests.training.test_resume import assert_same
 
@@ -181,8 +181,10 @@ class DiskFullAt(TrainerCallback):
 @pytest.mark.parametrize(
     "size", [4_000, 40_000]
 )  # the adapter (33 kB) does not fit; the optimizer (83 kB) does not
-def test_a_full_disk_leaves_the_last_good_checkpoint(make_config: MakeConfig, size: int) -> None:
-    straight, config = train(make_config("straight")), make_config("full")
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    make_config: MakeConfig, straight: RunResult, size: int
+) -> None:
+    config = make_config("full")
     try:
         with pytest.raises(
             TrainingError, match=r"checkpoint of step 8 could not be written.*last good.* is step 4"

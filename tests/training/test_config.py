@@ -37,6 +37,10 @@ def test_three_lines_are_a_run_and_the_rest_has_defaults() -> None:
     )
 
 
+def test_a_bare_text_stands_for_the_model_name_and_the_folder() -> None:
+    assert parse_config({**MINIMAL, "model": "base", "output": "runs/a"}) == parse_config(MINIMAL)
+
+
 def test_yaml_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(MINIMAL) + "training: {learning_rate: 1e-4, epsilon: '1e-6'}\n")
     assert load_config(path).training.learning_rate == 1e-4
@@ -68,7 +72,8 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ({"learning_rate": 1}, "learning_rate: unknown key", "training.learning_rate?"),
         ({"training": {"lr": 1}}, "training.lr: unknown key", "training.learning_rate?"),
         ({"num_train_epochs": 1}, "num_train_epochs: unknown key", "training.epochs?"),
-        ({"lora": {"rnk": 4}}, "lora.rnk: unknown key", "lora knows: r, alpha, dropout"),
+        ({"lora": {"rnk": 4}}, "lora.rnk: unknown key", "lora.r?"),
+        ({"lora": {"depth": 4}}, "lora.depth: unknown key", "lora knows: r, alpha, dropout"),
         ({"lora": {"lora_alpha": 4}}, "lora.lora_alpha: unknown key", "lora.alpha?"),
         ({"data": {"train": "x", "fromat": "text"}}, "data.fromat: unknown key", "data.format?"),
         ({"zzz": 1}, "zzz: unknown key", "the top level knows: schema_version, seed, model"),
@@ -105,6 +110,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         "data",
         "output",
     }
+    assert "  model.nmae: unknown key (did you mean model.name?)" in lines
 
 
 @pytest.mark.parametrize(
@@ -175,10 +181,16 @@ def test_the_command_prints_schema_and_resolved_config_and_trains_nothing(tmp_pa
     shown = CliRunner().invoke(app, ["train", "--schema"])
     assert json.loads(shown.stdout)["properties"].keys() == RunConfig.model_fields.keys()
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
-    printed = CliRunner().invoke(app, ["train", str(path), "training.epochs=3", "--dry-run"])
+    printed = CliRunner().invoke(
+        app, ["train", str(path), "training.epochs=3", "--skip-bad", "4", "--dry-run"]
+    )
     assert printed.exit_code == 0
     resolved = yaml.safe_load(printed.stdout)
-    assert resolved["training"]["epochs"] == 3 and resolved["lora"]["r"] == 16
+    assert (
+        resolved["training"]["epochs"] == 3
+        and resolved["data"]["skip_bad"] == 4
+        and resolved["lora"]["r"] == 16
+    )
     assert sorted(item.name for item in tmp_path.iterdir()) == ["run.yaml"]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation is one token mean over the split for any batch size; so is training, for any cut of the batch."""
+"""Evaluation is one token mean over the split for any batch size; training too, for any cut of the batch."""
 
 from __future__ import annotations
 

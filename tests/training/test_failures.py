@@ -80,8 +80,10 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_saved_nowhere(
     assert "NaN" not in folder.metrics.read_text() and not folder.adapter.exists()
 
 
-def test_after_it_the_run_goes_on_from_the_last_good_checkpoint(make_config: MakeConfig) -> None:
-    straight, config = train(make_config("straight")), make_config("spoilt")
+def test_after_it_the_run_goes_on_from_the_last_good_checkpoint(
+    make_config: MakeConfig, straight: RunResult
+) -> None:
+    config = make_config("spoilt")
     with pytest.raises(NonFiniteLossError):
         train(config, callbacks=[At(6, spoil_base)])
     assert_same(straight, train(config))
@@ -126,8 +128,10 @@ def test_what_counts_as_out_of_memory() -> None:
     )
 
 
-def test_a_second_ctrl_c_ends_it_at_once_and_the_run_can_go_on(make_config: MakeConfig) -> None:
-    straight, config = train(make_config("straight")), make_config("twice")
+def test_a_second_ctrl_c_ends_it_at_once_and_the_run_can_go_on(
+    make_config: MakeConfig, straight: RunResult
+) -> None:
+    config = make_config("twice")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt):
         train(config, callbacks=[SignalAt(6, signal.SIGINT), SignalAt(6, signal.SIGINT)])

@@ -66,7 +66,7 @@ def attach_lora(
     options, targets, tied = settle(model, options, resolve_targets(model, options))
     config = _peft_config(model, options, targets, tied)
     try:
-        with _seeded(options.seed), peft_warnings():
+        with seeded(options.seed), peft_warnings():
             wrapped = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise AdapterError(
@@ -158,7 +158,8 @@ def _keep_from_conversion(model: Any, modules: tuple[str, ...]) -> tuple[tuple[s
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of their own inside the block; the global streams go on as if nothing was drawn."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

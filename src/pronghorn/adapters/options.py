@@ -23,6 +23,23 @@ _BASE_CHANGING = MappingProxyType(
 )
 
 
+def check_keeps_base(init: object) -> None:
+    """Refuse an initialisation that changes the base's weights.
+
+    Raises:
+        NotSupportedError: it is one of them.
+    """
+    name = init.lower() if isinstance(init, str) else ""
+    root = next((known for known in _BASE_CHANGING if name.startswith(known)), None)
+    if root is not None:
+        raise NotSupportedError(
+            f"init_lora_weights={init!r} {_BASE_CHANGING[root]}: the adapter would no longer belong to "
+            "the base on disk, and merging it onto those files gives a wrong model",
+            fix='train with init_lora_weights=True or "gaussian"; convert a trained one with PEFT '
+            "(path_initial_model_for_weight_conversion)",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
     """Options of ``attach_lora``. Raises AdapterError or NotSupportedError on values that cannot work."""
@@ -86,15 +103,7 @@ class LoraOptions:
 
     def _check_init(self) -> None:
         name = self.init.lower() if isinstance(self.init, str) else self.init
-        root = next(
-            (known for known in _BASE_CHANGING if isinstance(name, str) and name.startswith(known)), None
-        )
-        if root is not None:
-            raise NotSupportedError(
-                f"init_lora_weights={self.init!r} {_BASE_CHANGING[root]}: the adapter would no longer "
-                "belong to the base on disk, and merging it onto those files gives a wrong model",
-                fix='use init_lora_weights=True or "gaussian" (use_rslora=True helps at high rank)',
-            )
+        check_keeps_base(name)
         if name not in (True, False, "gaussian", "orthogonal"):
             raise NotSupportedError(
                 f"init_lora_weights={self.init!r} is not known here",

@@ -38,9 +38,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(shown.as_dict(), ensure_ascii=False, indent=1))
     else:
-        from rich.console import Console
-
-        Console().print(shown)
+        shown.show()
     refuse(shown.report, config.data)
 
 

@@ -16,6 +16,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. training.learning_rate=1e-4.")
     ] = None,
+    skip_bad: Annotated[
+        int | None, typer.Option("--skip-bad", help="Leave out up to N unusable rows (data.skip_bad).")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
     ] = False,
@@ -36,7 +39,8 @@ def train(
         raise ConfigError(
             "no run.yaml was given", fix="pronghorn train run.yaml; --schema prints what it may say"
         )
-    resolved = load_config(config, overrides or [])
+    changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
+    resolved = load_config(config, changes)
     if dry_run:
         typer.echo(with_lora_defaults(resolved).to_yaml(), nl=False)
         return

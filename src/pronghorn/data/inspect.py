@@ -54,6 +54,10 @@ class Inspection:
         """Plain values for JSON."""
         return {"report": self.report.as_dict(), "examples": [asdict(example) for example in self.examples]}
 
+    def show(self) -> None:
+        """Print to the terminal."""
+        Console().print(self)
+
     def html(self) -> str:
         """A page that stands by itself: no script, nothing loaded from elsewhere."""
         return page(self.as_dict())

@@ -7,12 +7,14 @@ keep it from looping for ever or from filling the memory.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from threading import Lock
 from typing import Any
 
 from pronghorn.data.templates import ChatTemplate, Prefix, RenderError
@@ -36,6 +38,7 @@ class IsolatedTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
         self._stops = 0
+        self._turn = Lock()  # one conversation with the process at a time
 
     def __enter__(self) -> IsolatedTemplate:
         return self
@@ -52,10 +55,11 @@ class IsolatedTemplate:
         """
         if not prefixes:
             return []
-        texts = self._ask(prefixes, self.seconds + len(prefixes) / 1000)
-        if texts is not None:
-            return texts
-        return [self._render_one(prefix) for prefix in prefixes]
+        with self._turn:
+            texts = self._ask(prefixes, self.seconds + len(prefixes) / 1000)
+            if texts is not None:
+                return texts
+            return [self._render_one(prefix) for prefix in prefixes]
 
     def _render_one(self, prefix: Prefix) -> str | RenderError:
         texts = self._ask([prefix], self.seconds)
@@ -158,6 +162,7 @@ def _serve() -> None:
     tokenizer.chat_template = job["template"]
     template = ChatTemplate(tokenizer, "", job["origin"], own=True, options=job["options"])
     _limit_memory()
+    gc.freeze()  # what was imported stays
     answers.write(b"ready\n")
     answers.flush()
     for line in lines:

@@ -104,7 +104,8 @@ class _Job:
             for index in chosen:
                 answer = chat.messages[index]["role"] == "assistant" and loss_on != "all"
                 prefixes.append(Prefix(chat.messages, index, chat.tools, prompt=answer))
-                prefixes.append(Prefix(chat.messages, index + 1, chat.tools))
+                if index + 1 < len(chat.messages):  # the last turn closes where the whole does
+                    prefixes.append(Prefix(chat.messages, index + 1, chat.tools))
         return cls(chat, chosen, prefixes, whole, special)
 
     def compare(self, template: Renderer, texts: list[str]) -> Located | RewrittenTurn | RowError:
@@ -113,7 +114,8 @@ class _Job:
             return Located(full, ((0, len(full)),))
         spans, flags = [], set[str]()
         for position, index in enumerate(self.chosen):
-            opening, closing = texts[1 + 2 * position], texts[2 + 2 * position]
+            opening = texts[1 + 2 * position]
+            closing = texts[2 + 2 * position] if index + 1 < len(self.chat.messages) else full
             end = self._closing_end(closing, full)
             if end < 0:
                 return RewrittenTurn(full, index)

@@ -70,6 +70,7 @@ class Encoder:
         self.template = template
         self.options = options
         self.max_length = max_length
+        self.leading_ids  # noqa: B018 - the first call sets truncation and padding off, which threads must not
 
     @cached_property
     def special_texts(self) -> frozenset[str]:
@@ -145,6 +146,8 @@ class Encoder:
         for prompt, ids in zip(prompts, joint, strict=True):
             whole = self._closed(self._opened(ids))
             start = len(whole) - len(self._closed(ids)) + len(prompt)
+            if self.options.loss_on == "all":
+                start = 0
             rows.append([self._cut(whole, [(start, len(whole))])])
         return rows
 

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from pronghorn.adapters.attach import peft_warnings
+from pronghorn.adapters.attach import peft_warnings, seeded
+from pronghorn.adapters.options import check_keeps_base
 from pronghorn.errors import AdapterError
 from pronghorn.sources.resolve import ADAPTER_WEIGHTS
 from pronghorn.sources.source import Source
@@ -30,10 +31,11 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
     tensors = load_file(source.path / ADAPTER_WEIGHTS, device="cpu")
     _check_finite(source.path, tensors)
     _resize(model, tensors)
+    check_keeps_base(source.config.get("init_lora_weights"))
     try:
         config = LoraConfig.from_pretrained(str(source.path))
         config.inference_mode = False
-        with peft_warnings():
+        with seeded(0), peft_warnings():  # every value drawn here is overwritten
             wrapped = PeftModel(model, config)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise AdapterError(
@@ -42,6 +44,8 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
         ) from error
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     problems = _compare(wrapped, expected, tensors)
+    if wrapped.state_dict().keys() & (tensors.keys() - expected.keys() - _carried(wrapped, tensors)):
+        raise _refusal(source.path, problems)  # loading them would change the base itself
     owned = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     try:
         result = set_peft_model_state_dict(wrapped, tensors)
@@ -57,7 +61,7 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
 def _compare(
     model: PeftModel, expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    carried = {name for name in tensors if name not in expected and _is_embedding(model, name)}
+    carried = _carried(model, tensors)
     missing = sorted(expected.keys() - tensors.keys())
     extra = sorted(tensors.keys() - expected.keys() - carried)
     shapes = [
@@ -80,8 +84,12 @@ def _refusal(folder: Path, problems: list[str]) -> AdapterError:
     )
 
 
+def _carried(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Whole embeddings: PEFT saves them beside the factors when they are adapted or were resized."""
+    return {name for name in tensors if _is_embedding(model, name)}
+
+
 def _is_embedding(model: PeftModel, name: str) -> bool:
-    """PEFT saves a whole embedding beside the factors when it is adapted or was resized."""
     bare = name.removeprefix(_PREFIX).replace(".base_layer", "")
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     ends += tuple(getattr(end, "base_layer", None) for end in ends)

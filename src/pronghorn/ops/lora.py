@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.ops.graph import Held, Node, flat_rows, record, release, source_of
+from pronghorn.ops.graph import Held, Node, flat_rows, like_input, record, release, source_of
 from pronghorn.ops.shapes import LoraPart
 
 PARAMETERS = 4  # tensors of a LoraPart
@@ -133,7 +133,7 @@ class _Linears(torch.autograd.Function):
             ctx.save_for_backward(*([x] if small is None else [x, small]))
         ctx.source, ctx.held, ctx.scales, ctx.shape, ctx.unpacked = source, Held(flat), scales, x.shape, None
         ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in apply_parts(rows, small, parts))
+        return tuple(like_input(y, x.shape) for y in apply_parts(rows, small, parts))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

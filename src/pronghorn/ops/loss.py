@@ -58,16 +58,17 @@ def linear_cross_entropy(
 
 def log_prob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chain: Sequence[LogitStep] = ()
-) -> tuple[Tensor, Tensor]:
-    """``reference.log_prob`` in tiles, head frozen: (log-probability, entropy) of each row, float32 ``[N]``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.log_prob`` in tiles, head frozen: log-probability, entropy (float32) and whether the label
+    is the most likely token (bool) of each row, ``[N]``.
 
     Raises:
         ValueError: the head trains; its gradient needs the third product, which this form leaves out.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("log_prob needs a frozen head: weight or bias requires a gradient")
-    logp, entropy = record(_LogProb, hidden, weight, bias, labels, tuple(chain))
-    return logp, entropy
+    logp, entropy, top = record(_LogProb, hidden, weight, bias, labels, tuple(chain))
+    return logp, entropy, top
 
 
 def _tile_rows(vocabulary: int, element_size: int) -> int:
@@ -214,8 +215,9 @@ class _LogProb(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         chain: tuple[LogitStep, ...],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logp, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        top = torch.empty_like(labels, dtype=torch.bool)
         unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for tile in _tiles(len(hidden), weight.shape[0], torch.float32.itemsize):
             raw = functional.linear(hidden[tile], weight, bias)
@@ -223,6 +225,7 @@ class _LogProb(torch.autograd.Function):
             p, lse = _softmax(z)
             here = labels[tile][:, None]
             logp[tile] = z.gather(1, here).squeeze(1).float() - lse
+            top[tile] = z.argmax(-1) == labels[tile]
             entropy[tile] = lse - torch.linalg.vecdot(p, z.float())
             if unit is not None:
                 p.neg_().scatter_add_(1, here, p.new_ones((len(here), 1)))
@@ -233,10 +236,13 @@ class _LogProb(torch.autograd.Function):
             ctx.save_for_backward(hidden, unit, entropy.detach())
         ctx.head, ctx.chain = (weight, bias), chain
         ctx.set_materialize_grads(False)
-        return logp, entropy
+        ctx.mark_non_differentiable(top)
+        return logp, entropy, top
 
     @staticmethod
-    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         hidden, unit, entropy = ctx.saved_tensors
         weight, bias = ctx.head
         dhidden = None

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pronghorn.ops.graph import Held, Node, flat_rows, graph_is_kept, record, release, saved, source_of
+from pronghorn.ops.graph import (
+    Held,
+    Node,
+    flat_rows,
+    graph_is_kept,
+    like_input,
+    record,
+    release,
+    saved,
+    source_of,
+)
 from pronghorn.ops.lora import (
     apply_parts,
     backward_parts,
@@ -144,7 +154,7 @@ class _Inner(torch.autograd.Function):
         ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
         ctx.form, ctx.unpacked, ctx.rebuild = form, None, _rebuild_inner
         inner = form.inner(outputs)
-        return inner.view(*x.shape[:-1], inner.shape[-1])
+        return like_input(inner, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
@@ -187,7 +197,7 @@ class _Tiled(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
         ctx.form, ctx.tile_rows, ctx.unpacked = form, tile_rows, None
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return like_input(out, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

@@ -109,10 +109,13 @@ def linear_cross_entropy(
 
 def log_prob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chain: Sequence[LogitStep] = ()
-) -> tuple[Tensor, Tensor]:
-    """(log-probability of each label, entropy of each row), both float32 ``[N]``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each label, entropy (float32) and whether the label is the most likely token,
+    ``[N]``.
+    """
     logp = torch.log_softmax(logits(hidden, weight, bias, chain).float(), dim=-1)
-    return logp.gather(1, labels[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+    chosen = logp.gather(1, labels[:, None]).squeeze(1)
+    return chosen, -(logp.exp() * logp).sum(-1), logp.argmax(-1) == labels
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

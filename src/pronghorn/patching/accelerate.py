@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from pronghorn.errors import ConfigError, NotSupportedError
+from pronghorn.memory.layers import RecomputeSwitch, make_plan
 from pronghorn.patching import attentions, head, linears, mlps, norms
-from pronghorn.patching.adapted import is_adapted, linear_shape
+from pronghorn.patching.adapted import is_adapted, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked
 from pronghorn.patching.proof import Build, Verdict, prove
-from pronghorn.patching.report import Part, PatchReport
+from pronghorn.patching.report import Choice, Part, PatchReport
 from pronghorn.patching.signature import signature
-from pronghorn.patching.trace import Trace, sample_batch, trace
+from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
 from pronghorn.patching.watch import base_of, current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
 
+# what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
+ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
 REPLACEABLE = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss")
 
 
@@ -28,6 +31,8 @@ def accelerate(
     kinds: Sequence[str] = REPLACEABLE,
     strict: bool | Sequence[str] = False,
     mlp_tile_tokens: int | None = None,
+    recompute: str | None = None,
+    activation_bytes: int | None = None,
 ) -> PatchReport:
     """Replace the parts of one model instance that can be proven equal, and say what was and was not done.
 
@@ -41,9 +46,14 @@ def accelerate(
         mlp_tile_tokens: run MLPs in tiles of at most this many tokens (batch and sequence together) and keep
         only
             their input: for long sequences. The gate and up products then run twice.
+        recompute: None, "full" (every layer), "unsloth" (every layer, its input kept in host memory) or
+        "auto"
+            (as many layers as the budget asks for; what the others save is measured first).
+        activation_bytes: the budget of "auto": what all layers may keep together. Default: half of what is
+        free.
 
     Raises:
-        ConfigError: an unknown kind.
+        ConfigError: an unknown kind or recompute mode.
         NotSupportedError: ``strict``, and a kind was not fully replaced; nothing stays replaced.
     """
     unknown = [kind for kind in kinds if kind not in REPLACEABLE]
@@ -53,8 +63,9 @@ def accelerate(
     if (before := current_report(base)) is not None:
         before.undo()
     report = PatchReport()
-    plan(base, report, kinds, mlp_tile_tokens)
-    watch(base, report, tuple(kinds), mlp_tile_tokens)
+    choice = Choice(tuple(kinds), mlp_tile_tokens, recompute, activation_bytes)
+    plan(base, report, choice)
+    watch(base, report, choice)
     _demand(report, kinds if strict is True else strict or ())
     return report
 
@@ -71,24 +82,38 @@ def _demand(report: PatchReport, kinds: Sequence[str]) -> None:
             )
 
 
-def plan(base: Any, report: PatchReport, kinds: Sequence[str], tile: int | None) -> None:
+def plan(base: Any, report: PatchReport, choice: Choice) -> None:
     """Fill ``report`` and put the proven replacements in place."""
+    kinds = choice.kinds
     batch = sample_batch(base)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        found = trace(base, batch)
+        try:
+            found = trace(base, batch)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+            report.model_check = (
+                f"nothing done: a short text input raises {type(error).__name__}: {str(error)[:120]}"
+            )
+            for kind in kinds:
+                report.add(kind, "model", report.model_check)
+            return
         prover = Prover(report, found, dict(base.named_modules()))
         chosen = prover.norms() if "norm" in kinds else []
         taken: set[str] = set()
         if "mlp" in kinds:
-            made, taken = prover.mlps(tile)
+            made, taken = prover.mlps(choice.mlp_tile_tokens)
             chosen += made
         chosen += prover.linears(kinds, taken, base)
         if "loss" in kinds:
             chosen += prover.loss(base)
         for kind, name, reason, forwards in chosen:
             report.add(kind, name, reason, forwards)
+        for name, module in base.named_modules():
+            if any("inv_freq" in key for key, _ in module.named_buffers(recurse=False)):
+                report.add("rope", name, ROPE_LEFT)
         if "attention" in kinds:
             _attention(base, report, batch)
+        if choice.recompute is not None:
+            _recompute(base, report, choice)
         check_model(base, report)
 
 
@@ -109,7 +134,9 @@ class Prover:
         chosen: Chosen = []
         for name, module in self.modules.items():
             if norms.is_norm(module) or norms.looks_like_norm(module):
-                chosen.append(("norm", name, *self._norm(name, module)))
+                reason, forwards = self._norm(name, module)
+                if forwards or norms.looks_like_norm(module):
+                    chosen.append(("norm", name, reason, forwards))
         return chosen
 
     def _norm(self, name: str, module: nn.Module) -> tuple[str, list[InstanceForward]]:
@@ -132,7 +159,11 @@ class Prover:
         chosen: Chosen = []
         taken: set[str] = set()
         for name, module in self.modules.items():
-            if is_adapted(module) or not mlps.is_mlp(module):
+            if is_adapted(module):
+                continue
+            if (why := mlps.odd_mlp(module)) is not None:
+                chosen.append(("experts" if mlps.is_experts(module) else "mlp", name, why, []))
+            if not mlps.is_mlp(module):
                 continue
             if (
                 name in self.trace.called - set(self.trace.shapes)
@@ -148,6 +179,9 @@ class Prover:
     def _mlp(self, name: str, module: nn.Module, tile: int | None) -> tuple[str, list[InstanceForward]]:
         if (why := self._unreachable(name)) is not None:
             return why, []
+        for child in module.children():
+            if linear_shape(child) and isinstance(state := lora_part(child, training=True), Declined):
+                return str(state), []
         form = mlps.fit_mlp(module, self.trace.shapes[name])
         if isinstance(form, Declined):
             return str(form), []
@@ -158,6 +192,10 @@ class Prover:
         """Adapted linears outside the replaced MLPs, by shared input."""
         chosen: Chosen = []
         output = base.get_output_embeddings()
+        for name, module in self.modules.items():
+            if is_adapted(module) and linear_shape(module) is None and "linear" in kinds:
+                kind = type(getattr(module, "base_layer", module)).__name__
+                chosen.append(("linear", name, f"the base layer is a {kind}", []))
         groups = [g for g in self.trace.groups if not taken & set(g) and self.modules[g[0]] is not output]
         for group in groups:
             kind = self._kind_of(group, groups)
@@ -245,3 +283,17 @@ def _attention(base: Any, report: PatchReport, batch: dict[str, Tensor]) -> None
     report.switches.append(switch)
     for module in callers:
         report.parts.append(Part("attention", names[module], True, "proven by the check of the whole model"))
+
+
+def _recompute(base: Any, report: PatchReport, choice: Choice) -> None:
+    def run(tokens: int) -> Any:
+        return base(**sample_batch(base, tokens=tokens), use_cache=False).loss
+
+    assert choice.recompute is not None
+    with train_mode(base):
+        made = make_plan(base, choice.recompute, run, choice.activation_bytes)
+    switch = RecomputeSwitch(base, made)
+    switch.on()
+    report.switches.append(switch)
+    reason = "recomputed in backward, proven by the check of the whole model"
+    report.parts += [Part("recompute", f"layer {index}", True, reason) for index in range(made.layers)]

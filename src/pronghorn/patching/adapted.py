@@ -28,9 +28,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
 
 
-def lora_part(module: nn.Module) -> LoraPart | Declined:
-    """The product ``module`` stands for in its present state, or why it cannot be expressed as a
-    ``LoraPart``.
+def lora_part(module: nn.Module, *, training: bool = False) -> LoraPart | Declined:
+    """The product ``module`` stands for in its present state, or why a ``LoraPart`` cannot express it.
+
+    ``training`` judges it as if in train mode, whatever mode it is in.
     """
     if hooked(module):
         return Declined("a hook is registered on a linear inside")
@@ -47,7 +48,7 @@ def lora_part(module: nn.Module) -> LoraPart | Declined:
         return base
     if len(active) > 1:
         return Declined(f"{len(active)} adapters are active")
-    return _with_adapter(layer, active[0], base)
+    return _with_adapter(layer, active[0], base, training or layer.training)
 
 
 def _plain(module: nn.Module) -> LoraPart | Declined:
@@ -60,11 +61,11 @@ def _plain(module: nn.Module) -> LoraPart | Declined:
     return LoraPart(module.weight, module.bias, None, None, 1.0)
 
 
-def _with_adapter(layer: Any, name: str, base: LoraPart) -> LoraPart | Declined:
+def _with_adapter(layer: Any, name: str, base: LoraPart, training: bool) -> LoraPart | Declined:
     if getattr(layer, "lora_variant", {}).get(name) is not None or getattr(layer, "use_dora", {}).get(name):
         return Declined("a LoRA variant (DoRA or another) is active")
     dropout = layer.lora_dropout[name]
-    if not isinstance(dropout, nn.Identity) and layer.training and getattr(dropout, "p", 1.0) > 0:
+    if not isinstance(dropout, nn.Identity) and training and getattr(dropout, "p", 1.0) > 0:
         return Declined("adapter dropout is in effect")
     a, b = layer.lora_A[name], layer.lora_B[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear or hooked(a) or hooked(b):

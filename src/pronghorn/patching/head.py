@@ -49,7 +49,8 @@ def find_head(model: Any) -> nn.Module | Declined:
             return Declined("the head has no single trained copy that is active")
         head = head.modules_to_save[names[0]]
     if type(head) is not nn.Linear:
-        return Declined(f"the head is a {type(head).__name__}, whose logits cannot be deferred")
+        origin = type(head).__module__.partition(".")[0]
+        return Declined(f"the head is a {type(head).__name__} of {origin}, whose logits cannot be deferred")
     return head
 
 

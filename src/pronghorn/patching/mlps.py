@@ -67,6 +67,29 @@ def is_mlp(module: nn.Module) -> bool:
     )
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether ``module`` holds the weights of many experts, stacked into three dimensions."""
+    return sum(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)) >= 2
+
+
+def odd_mlp(module: nn.Module) -> str | None:
+    """Why something that is an MLP by name or by its weights is not worth a probe, or None."""
+    if is_experts(module):
+        return "stacked expert weights: transformers' own grouped products run"
+    linears = [child for child in module.children() if getattr(child, "weight", None) is not None]
+    if "mlp" not in type(module).__name__.lower() or len(linears) < 2 or is_mlp(module):
+        return None
+    odd = next((child for child in linears if not linear_shape(child)), None)
+    if odd is not None and not isinstance(odd, nn.Linear):
+        base = getattr(odd, "base_layer", odd)
+        return f"has a {type(base).__name__} with weights of its own"
+    others = list(module.parameters(recurse=False))
+    others += [p for child in module.children() if not linear_shape(child) for p in child.parameters()]
+    if others:
+        return "has parameters besides those of its linears (a norm or a trained activation)"
+    return f"has {len(linears)} linears whose shapes fit no layout"
+
+
 def _candidates(module: nn.Module) -> list[tuple[tuple[str, ...], str, MlpLayout]]:
     """(first linears, down, layout) that the shapes allow."""
     shapes = {name: shape for name, child in module.named_children() if (shape := linear_shape(child))}
@@ -99,6 +122,8 @@ def fit_mlp(module: nn.Module, shape: tuple[int, ...]) -> MlpForm | Declined:
         if not isinstance(truth, Tensor):
             return Declined("does not return one tensor")
         for first, down, layout in _candidates(module):
+            if (linear_shape(getattr(clone, first[0])) or (0, 0))[0] != shape[-1]:
+                continue
             gate, up = split([getattr(clone, name)(x) for name in first], layout)
             for activation in ACTIVATIONS:
                 inner = activate(gate, activation)

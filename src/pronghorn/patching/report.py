@@ -25,6 +25,16 @@ class Part:
     """the check with its figure and bound, or why there was nothing to check"""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What ``accelerate`` was asked for, to be asked again when adapters are attached."""
+
+    kinds: tuple[str, ...]
+    mlp_tile_tokens: int | None = None
+    recompute: str | None = None
+    activation_bytes: int | None = None
+
+
 @dataclass
 class PatchReport:
     """Returned by ``accelerate``; prints as a small table, and takes everything back with ``undo``."""

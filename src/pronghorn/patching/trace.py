@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +35,7 @@ def sample_batch(model: Any, rows: int = 1, tokens: int = TOKENS, seed: int = 0)
     # the last ids of a vocabulary are often placeholders for images or sound
     last = max(4, min(int(config.vocab_size), embeddings.shape[0]) - 6)
     ids = torch.randint(3, last, (rows, tokens), generator=generator).to(embeddings.device)
-    return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": ids.clone()}
 
 
 def trace(model: nn.Module, batch: dict[str, Tensor]) -> Trace:
@@ -56,19 +58,29 @@ def trace(model: nn.Module, batch: dict[str, Tensor]) -> Trace:
         module.register_forward_pre_hook(watch(name, _is_leaf_linear(name, module, model)), with_kwargs=True)
         for name, module in model.named_modules()
     ]
-    modes = [(module, module.training) for module in model.modules()]
     try:
         # in train mode: on some processors an eval forward repacks 4-bit weights for an inference kernel for
         # good
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.train()(**batch)
+        with torch.no_grad(), train_mode(model):
+            model(**batch, use_cache=False)
     finally:
-        for module, mode in modes:
-            module.training = mode
         for handle in handles:
             handle.remove()
     found.groups = _groups(seen)
     return found
+
+
+@contextmanager
+def train_mode(model: nn.Module) -> Iterator[None]:
+    """Train mode inside the block, every module's own mode and the random state afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model.train()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _is_leaf_linear(name: str, module: nn.Module, model: nn.Module) -> bool:

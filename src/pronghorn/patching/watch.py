@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.patching.report import PatchReport
+from pronghorn.patching.report import Choice, PatchReport
 
 
 def base_of(model: Any) -> Any:
@@ -17,25 +17,32 @@ def base_of(model: Any) -> Any:
 
 
 class AdapterWatch:
-    """A forward pre-hook of the base model: plans again when the set of adapters has changed since."""
+    """A forward pre-hook of the backbone: plans again when the model's set of adapters has changed since.
+
+    Of the backbone, because wrappers call ``forward`` of the model itself, which runs no hooks.
+    """
 
     kind = "watch"
 
-    def __init__(self, report: PatchReport, kinds: tuple[str, ...], tile: int | None) -> None:
+    def __init__(self, model: Any, report: PatchReport, choice: Choice) -> None:
+        self.model = model
         self.report = report
-        self.kinds = kinds
-        self.tile = tile
+        self.choice = choice
         self.adapters: tuple[str, ...] = ()
         self.busy = False
 
-    def __call__(self, model: Any, *_: Any) -> None:
+    def __call__(self, *_: Any) -> None:
         """Called before each forward; costs one comparison of names."""
-        if self.busy or not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if (
+            self.busy
+            or not (self.model.training and torch.is_grad_enabled())
+            or torch.compiler.is_compiling()
+        ):
             return
-        if adapters_of(model) != self.adapters:
-            self.replan(model)
+        if adapters_of(self.model) != self.adapters:
+            self.replan()
 
-    def replan(self, model: Any) -> None:
+    def replan(self) -> None:
         """Take everything back, then find and prove again: the modules have changed."""
         from pronghorn.patching.accelerate import plan
 
@@ -45,9 +52,9 @@ class AdapterWatch:
             self.report.switches = [switch for switch in self.report.switches if switch.kind != self.kind]
             self.report.undo()
             self.report.parts = []
-            plan(model, self.report, self.kinds, self.tile)
+            plan(self.model, self.report, self.choice)
             self.report.switches += keep
-            self.adapters = adapters_of(model)
+            self.adapters = adapters_of(self.model)
         finally:
             self.busy = False
 
@@ -70,16 +77,20 @@ def adapters_of(model: Any) -> tuple[str, ...]:
     return tuple(sorted(getattr(model, "peft_config", None) or ()))
 
 
-def watch(base: Any, report: PatchReport, kinds: tuple[str, ...], tile: int | None) -> None:
+def _backbone(base: Any) -> Any:
+    return getattr(base, "base_model", base)
+
+
+def watch(base: Any, report: PatchReport, choice: Choice) -> None:
     """Put the watch on ``base``; ``report.undo`` takes it off."""
-    observer = AdapterWatch(report, kinds, tile)
+    observer = AdapterWatch(base, report, choice)
     observer.adapters = adapters_of(base)
-    report.switches.append(WatchSwitch(base.register_forward_pre_hook(observer)))
+    report.switches.append(WatchSwitch(_backbone(base).register_forward_pre_hook(observer)))
 
 
 def current_report(base: Any) -> PatchReport | None:
     """The report of an accelerated model."""
-    for hook in base._forward_pre_hooks.values():
+    for hook in _backbone(base)._forward_pre_hooks.values():
         if isinstance(hook, AdapterWatch):
             return hook.report
     return None

@@ -12,25 +12,20 @@ from torch import Tensor
 
 from pronghorn.patching.proof import FLOOR, Verdict, worst
 from pronghorn.patching.report import PatchReport
-from pronghorn.patching.trace import sample_batch
+from pronghorn.patching.trace import sample_batch, train_mode
 
 # a float32 copy of the model is the truth for a narrower one; above this size it is not made
 COPY_BYTES = 4 * 2**30
 MORE_BATCHES = 8
 # of the loss: the same logits, summed in another order
 LOSS_BOUND = 1e-4
-CHECKED = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss")
+CHECKED = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss", "recompute")
 
 
 def forward_only(model: Any, batch: dict[str, Tensor]) -> None:
     """One forward in train mode without gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.train()(**batch)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), train_mode(model):
+        model(**batch, use_cache=False)
 
 
 def check_model(base: Any, report: PatchReport) -> None:
@@ -75,7 +70,11 @@ def _compare_on(base: Any, report: PatchReport, without: tuple[str, ...], rounds
         wide = own == torch.float32 or sum(p.numel() for p in base.parameters()) * 4 > COPY_BYTES
         truth = list(plain) if wide else _pooled(copy.deepcopy(base).float(), batches)
     with report.disabled(without):
-        ours = _pooled(base, batches)
+        try:
+            ours = _pooled(base, batches)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:120]
+            return Verdict("", 0.0, 0.0, declined=f"the replaced model raises {reason}")
     if float((ours.pop() - plain.pop()).abs().max()) > LOSS_BOUND * float(plain[0].mean()):
         return Verdict("loss against the mean of the tokens' losses", float("inf"), LOSS_BOUND)
     truth = truth[: len(plain)]
@@ -112,17 +111,12 @@ def loss_and_grads(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     is their mean is asserted by the caller through the last element: own loss minus that mean.
     """
     leaves = [p for p in model.parameters() if p.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
     device = leaves[0].device.type if leaves else "cpu"
-    try:
-        with torch.enable_grad(), torch.autocast(device, enabled=False), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            out = model.train()(**batch, use_cache=False)
-            grads = torch.autograd.grad(out.loss, leaves, allow_unused=True) if leaves else ()
-            tokens = _token_losses(out.logits, batch["labels"])
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.enable_grad(), torch.autocast(device, enabled=False), train_mode(model):
+        torch.manual_seed(1)
+        out = model(**batch, use_cache=False)
+        grads = torch.autograd.grad(out.loss, leaves, allow_unused=True) if leaves else ()
+        tokens = _token_losses(out.logits, batch["labels"])
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
     return [tokens, *filled, out.loss.detach().float() - tokens.mean()]
 

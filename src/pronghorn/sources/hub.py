@@ -39,7 +39,7 @@ def download(name: str, *, revision: str | None, token: str | bool | None, code:
             allow_patterns=patterns,
             ignore_patterns=list(SKIPPED_PATTERNS),
         )
-    except (HFValidationError, OSError) as error:  # the hub's and the network's errors are all OSErrors
+    except Exception as error:  # the client's HTTP library, and with it its errors, changed between versions
         raise _explain(name, revision, error) from error
     return Path(folder), Path(folder).name
 

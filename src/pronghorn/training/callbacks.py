@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pronghorn.errors import TrainingError
@@ -50,6 +51,18 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         """An evaluation may have been cut short by a stop request."""
         return self._obey_stop(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse an epoch that lost a step (transformers 4.56: the partial last one, on resume)."""
+        planned = self.context.schedule.steps_per_epoch
+        if state.global_step % planned and not control.should_training_stop:
+            raise TrainingError(
+                f"an epoch of {planned} steps ended after step {state.global_step}: transformers "
+                f"{transformers.__version__} loses the partial last step of an epoch it resumes",
+                fix="pip install -U transformers, then run the same command again; the checkpoints are good",
+            )
 
     def _due(self, step: int, every: int | None) -> bool:
         schedule = self.context.schedule

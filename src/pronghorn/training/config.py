@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,11 +19,19 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_enum_values=True)
+    # the key that a bare text stands for: "model: my-model" is "model: {name: my-model}"
+    short_for: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, values: Any) -> Any:
+        return {cls.short_for: values} if cls.short_for and isinstance(values, (str, Path)) else values
 
 
 class ModelSection(Section):
     """What is fine-tuned."""
 
+    short_for: ClassVar[str] = "name"
     name: str = Field(
         min_length=1, description="Local folder or hub id of the base model, or of an adapter to go on with."
     )
@@ -124,6 +132,7 @@ class LoggingSection(Section):
 class OutputSection(Section):
     """Where the run lives."""
 
+    short_for: ClassVar[str] = "folder"
     folder: Path = Field(
         description="The run folder; it is made if missing, and resumed if it holds this run."
     )
@@ -177,7 +186,7 @@ def parse_config(values: Any, *, origin: str = "configuration") -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(
             f"{origin} must be a mapping of sections, got {type(values).__name__}",
-            fix="start from: model: {name: ...}, data: {...}, output: {folder: ...}",
+            fix="start from: model: NAME, data: {train: ROWS}, output: FOLDER",
         )
     try:
         return RunConfig.model_validate(values)

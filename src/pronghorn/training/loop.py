@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from pronghorn.training.callbacks import (
     FlowCallback,
@@ -116,7 +116,9 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Prove what was restored, and do the evaluation that is due before the next step."""
-        if self._start is not None:
+        if self._start is None:
+            set_seed(self._context.config.seed)  # libraries draw numbers while they set up, some only once
+        else:
             check_restored(model, self._start.progress()["weights"], self._start.path)
         at_start = self._start is None and self._context.has_eval and self._context.config.eval.at_start
         if at_start or self._state.eval_due:

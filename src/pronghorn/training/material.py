@@ -20,7 +20,7 @@ from pronghorn.loading.options import LoadOptions
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
-from pronghorn.training.manifest import library_versions, trainable_tensors
+from pronghorn.training.manifest import run_versions, trainable_tensors
 from pronghorn.training.progress import Narrator
 
 # of the data report, what a manifest keeps
@@ -99,7 +99,7 @@ def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
             "lora": config.lora.seed if config.lora else None,
         },
         "device": str(model.device),
-        "versions": library_versions(),
+        "versions": run_versions(),
         "trainable_parameters": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
         "trainable": trainable,
     }

@@ -80,8 +80,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         elif "loss" in logs and (
             step in (self.start + 1, self.total) or step % self.options.every_steps == 0
         ):
-            rate = f"lr {logs['learning_rate']:.2e}  grad norm {logs['grad_norm']:.3f}"
-            self._print(f"step {step}/{self.total}  loss {logs['loss']:.4f}  {rate}")
+            # older transformers log the norm only when they clip
+            norm = f"  grad norm {logs['grad_norm']:.3f}" if "grad_norm" in logs else ""
+            rate = f"lr {logs['learning_rate']:.2e}"
+            self._print(f"step {step}/{self.total}  loss {logs['loss']:.4f}  {rate}{norm}")
 
     def close(self) -> None:
         """Take the bar away; also after an error."""
