@@ -6,7 +6,7 @@
     python -m benchmarks.gpu --peer-path wheels           peers from a folder of unpacked wheels
     python -m benchmarks.gpu --device cpu --shape tiny    a dry run
 
-Weights are random and made on the device: no network, no model files. Every cell runs in a process of its own.
+Weights are random and made on the device: no network, no model files. Every cell runs in its own process.
 Writes gpu.json and gpu.md into --out.
 """
 
@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = platform.processor() if arguments.device == "cpu" else torch.cuda.get_device_name()
     found = {k: v for row in rows for k, v in row.get("versions", {}).items()} | versions()
     return {
-        "device": f"{arguments.device} {device}".strip(), "dtype": dtype, "versions": found, "ceilings": limits,
+        "device": f"{arguments.device} {device}".strip(), "dtype": dtype, "versions": found,
+        "ceilings": limits,
         "cells": [cell.as_dict() for cell in cells], "rows": rows, "ops": by_op,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
@@ -97,9 +98,7 @@ def main(given: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
-    parser.add_argument(
-        "--only", nargs="+", default=[], help="contender, or contender/shape/batch; * matches all"
-    )
+    parser.add_argument("--only", nargs="+", default=[], help="contender, or contender/shape/batch with *")
     parser.add_argument("--quick", action="store_true", help="fewer cells and steps")
     parser.add_argument("--no-ops", action="store_true", help="leave the table of ops out")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")

@@ -35,7 +35,7 @@ def _facts(result: dict[str, Any]) -> str:
 
 def _steps(rows: list[tuple[Cell, dict[str, Any]]], ceilings: dict[str, float]) -> list[str]:
     lines = [
-        "| contender | model | batch | tokens/s | step (min to max), ms | useful share of the rate | peak GiB "
+        "| contender | model | batch | tokens/s | step (min to max), ms | useful share of rate | peak GiB "
         "| first loss | grad norm | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

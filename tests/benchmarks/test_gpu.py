@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from benchmarks.gpu import contenders
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, default_cells, select
 from benchmarks.gpu.judge import judge, predicted_context
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.shapes import BATCHES, SHAPES
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def cell(contender: str, batch: str = "tiny") -> Cell:
