@@ -1,9 +1,9 @@
 """The only dispatch: which implementation of an op runs for a tensor.
 
-On CUDA tensors with Triton installed its kernels do the arithmetic between the products, wherever they can
-take the op's form; everywhere else torch does. Where nothing will be differentiated the plain forms are as
-good and save nothing either. ``using`` makes the choice explicit: what cannot be done that way is refused,
-never done another way.
+On CUDA tensors with Triton installed, and a chip for which they are known to compile, its kernels do the
+arithmetic between the products wherever they can take the op's form; everywhere else torch does. Where nothing
+will be differentiated the plain forms are as good and save nothing either. ``using`` makes the choice explicit:
+what cannot be done that way is refused, never done another way.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from pronghorn.errors import NotSupportedError
@@ -40,13 +41,19 @@ def _kernels() -> Any:
     return pieces
 
 
+@lru_cache
+def _compiled_for(device: torch.device) -> bool:
+    """Whether the table of compiled kernels begins no later than with this chip (Ampere, and AMD's gfx9)."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _choose(using: Backend | None, op: str, x: Tensor) -> Any:
     """The module of kernels where it is asked for or belongs to the device of ``x``, else None.
 
     Raises:
         NotSupportedError: it is asked for and cannot run here.
     """
-    if using == "torch" or (using is None and not x.is_cuda):
+    if using == "torch" or (using is None and not (x.is_cuda and _compiled_for(x.device))):
         return None
     kernels = _kernels()
     if using == "triton":

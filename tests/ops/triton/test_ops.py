@@ -279,6 +279,14 @@ def test_on_a_cpu_torch_does_the_arithmetic(using: select.Backend | None) -> Non
     assert y.grad_fn is not None and y.grad_fn.pieces is not pieces.NORM  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("capability,expected", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_older_chips_than_the_table_has_get_torch(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert select._compiled_for.__wrapped__(torch.device("cuda:0")) is expected
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="what a device gets when nothing is asked for")
 def test_on_a_device_the_kernels_do_it() -> None:
     x = randn(3, 8).requires_grad_()

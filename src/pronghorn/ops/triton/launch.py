@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 import torch
@@ -40,6 +41,7 @@ DEFAULTS = MappingProxyType(
 TUNED: MappingProxyType[str, MappingProxyType[str, Launch]] = MappingProxyType({})
 
 
+@lru_cache
 def launch(kernel: str, device: torch.device) -> Launch:
     """The launch of a kernel on the chip of ``device``."""
     chip = "cpu"
@@ -49,6 +51,7 @@ def launch(kernel: str, device: torch.device) -> Launch:
     return TUNED.get(chip, DEFAULTS).get(kernel, DEFAULTS[kernel])
 
 
+@lru_cache
 def row_launch(columns: int) -> Launch:
     """For a program that holds a row of ``columns`` elements: about 16 elements a thread, 4 to 16 warps."""
     return Launch((1 << (columns - 1).bit_length(),), warps=max(4, min(16, columns // 512)))
