@@ -35,11 +35,11 @@ PLACES: dict[str, tuple[str, ...]] = {
         "training.",
     ),
     # boundaries: one place for each thing done with the library
-    "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model", "serving.chat"),
+    "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model"),
     "trl": ("training.trainer",),
     "accelerate": (),
     "datasets": ("data.prepare", "data.rows", "data.store"),
-    "pyarrow": ("data.rows", "data.store"),
+    "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),
     "typer": ("cli.",),

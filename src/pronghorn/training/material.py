@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging
 
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.origin import Origin, origin_of
@@ -17,9 +13,11 @@ from pronghorn.data.prepare import prepare
 from pronghorn.data.templates import choose_template
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
+from pronghorn.loading.strict import no_bars
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
+from pronghorn.training.isolation import require_isolation
 from pronghorn.training.manifest import run_versions, trainable_tensors
 from pronghorn.training.progress import Narrator
 
@@ -36,12 +34,13 @@ _DATA_FACTS = (
     "truncated",
     "tokens",
     "trained_tokens",
+    "packing",
 )
 
 
 @dataclass(frozen=True)
 class Material:
-    """A PeftModel, its tokenizer, and ``datasets`` with input_ids and labels."""
+    """A PeftModel, its tokenizer, and ``datasets`` with input_ids and labels; ``rows`` may be packed bins."""
 
     model: Any
     tokenizer: Any
@@ -65,9 +64,13 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     is_adapter = source.kind is SourceKind.ADAPTER
     config = with_lora_defaults(config, adapter=is_adapter)
     options = LoadOptions(
-        max_seq_length=wanted.max_seq_length, dtype=wanted.dtype, trust_remote_code=wanted.trust_remote_code
+        max_seq_length=wanted.max_seq_length,
+        dtype=wanted.dtype,
+        trust_remote_code=wanted.trust_remote_code,
+        base=wanted.base,
     )
-    with _no_bars():
+    narrator.say(f"loading {source.name}")
+    with no_bars():
         model, tokenizer = load(source, options, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
@@ -75,9 +78,11 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     narrator.show(prepared.report)
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
-    return Material(
-        model, tokenizer, prepared.train, prepared.eval, _manifest(config, model, prepared.report)
-    )
+    manifest = _manifest(config, model, prepared.report)
+    if prepared.bins is None:
+        return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
+    narrator.say(f"packing: {require_isolation(model)}")
+    return Material(model, tokenizer, prepared.bins, prepared.eval, manifest)
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
@@ -103,18 +108,6 @@ def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
         "trainable_parameters": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
         "trainable": trainable,
     }
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off while a model loads, then as they were."""
-    shown = bool(logging.is_progress_bar_enabled())
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _origin(model: Any) -> Origin:
