@@ -1,9 +1,9 @@
 """The only dispatch: which implementation of an op runs for a tensor.
 
 On CUDA tensors with Triton installed, and a chip for which they are known to compile, its kernels do the
-arithmetic between the products wherever they can take the op's form; everywhere else torch does. Where nothing
-will be differentiated the plain forms are as good and save nothing either. ``using`` makes the choice explicit:
-what cannot be done that way is refused, never done another way.
+arithmetic between the products wherever they can take the op's form; everywhere else torch does. Where
+nothing will be differentiated the plain forms are as good and save nothing either. ``using`` makes the choice
+explicit: what cannot be done that way is refused, never done another way.
 """
 
 from __future__ import annotations
