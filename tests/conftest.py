@@ -24,3 +24,5 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the accelerators from every run that does not ask for ``-m gpu``."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # kernels then run in Triton's interpreter, which has to be chosen before anything imports Triton
+        os.environ["TRITON_INTERPRET"] = "1"

@@ -51,7 +51,9 @@ def assert_as_true_as(
     first = plain(*cast(torch.float64))
     shapes = [first.shape] if isinstance(first, Tensor) else [t.shape for t in first]
     generator = torch.Generator().manual_seed(11)
-    seeds = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    seeds = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(inputs[0].device) for shape in shapes
+    ]
     truth = outputs_and_grads(plain, cast(torch.float64), seeds)
     peers = outputs_and_grads(plain, cast(dtype), seeds)
     ours = outputs_and_grads(fast, cast(dtype), seeds)
