@@ -20,7 +20,6 @@ PLACES: dict[str, tuple[str, ...]] = {
         "memory.layers",
         "ops.",
         "patching.",
-        "serving.",
         "training.",
         "weights.",
     ),

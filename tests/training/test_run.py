@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pronghorn.errors import ConfigError, DataError, OutOfMemoryError, RunConflictError, SourceError
+from pronghorn.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    OutOfMemoryError,
+    RunConflictError,
+    SourceError,
+)
 from pronghorn.training.metrics import MetricsLog, read_metrics, row_from_logs
 from pronghorn.training.run import train
 from pronghorn.training.trainer import RunTrainer
@@ -120,6 +128,20 @@ def test_going_on_from_an_adapter(make_config: MakeConfig) -> None:
     assert second.eval["eval_loss"] < first.eval["eval_loss"]
     assert yaml.safe_load((second.folder / "run.yaml").read_text())["lora"] is None
     assert train(config).was_finished
+
+
+def test_going_on_from_an_adapter_whose_base_moved(
+    make_config: MakeConfig, base: Path, tmp_path: Path
+) -> None:
+    few = {"max_steps": 1}
+    first, moved = shutil.copytree(base, tmp_path / "first"), tmp_path / "moved"
+    adapter = train(make_config(model={"name": str(first)}, training=few)).adapter
+    first.rename(moved)
+    config = make_config("more", model={"name": str(adapter)}, training=few, lora=None)
+    with pytest.raises(AdapterError, match=r"is not here: .*\n.*model\.base in run\.yaml"):
+        train(config)
+    config["model"]["base"] = str(moved)
+    assert train(config).steps == 1
 
 
 def test_the_resolved_file_in_the_run_folder_is_the_same_run(make_config: MakeConfig) -> None:
