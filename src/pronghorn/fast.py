@@ -25,7 +25,7 @@ from pronghorn.loading.options import LoadOptions
 from pronghorn.memory import recompute
 
 DEFAULT_SEED = 3407
-SAVE_METHODS = ("merged_16bit", "lora")
+SAVE_METHODS = ("merged_16bit", "adapter", "lora")
 Recompute = bool | Literal["unsloth"]
 
 
@@ -316,6 +316,7 @@ def _bind(model: Any) -> None:
     model.for_training = types.MethodType(FastLanguageModel.for_training, model)
     model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
+    model.save_lora = types.MethodType(_save_lora, model)
     for name, instead in _REFUSED_METHODS.items():
         setattr(model, name, types.MethodType(_refusing(name, instead), model))
 
@@ -338,7 +339,8 @@ def _save_pretrained_merged(
     overwrite: bool = False,
     **other: Any,
 ) -> Any:
-    """Write the base files with the adapter merged in ("merged_16bit"), or the adapter ("lora").
+    """Write the base files with the adapter merged in ("merged_16bit"), or the adapter as it is ("lora") or
+    in the portable form that vLLM, llama.cpp and PEFT read alike ("adapter").
 
     The merge goes from files to files and is verified in a fresh process; ``overwrite`` replaces a folder.
 
@@ -374,3 +376,10 @@ def _save_pretrained_merged(
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
         return export(adapter, save_directory, format=save_method, overwrite=overwrite)
+
+
+def _save_lora(
+    self: Any, save_directory: str | Path, tokenizer: Any = None, *, overwrite: bool = False
+) -> Any:
+    """Write the adapter in the portable form, for vLLM's LoRARequest; as save_method="adapter"."""
+    return _save_pretrained_merged(self, save_directory, tokenizer, "adapter", overwrite=overwrite)

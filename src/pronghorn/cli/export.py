@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def export(
     adapter: Annotated[Path, typer.Argument(help="The trained adapter's folder.")],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
-    format_: Annotated[str, typer.Option("--format", help="What to write.")] = "merged_16bit",
+    format_: Annotated[
+        str, typer.Option("--format", help="merged_16bit, adapter (portable), lora (as it is).")
+    ] = "merged_16bit",
     base: Annotated[
         str | None, typer.Option(help="The base; by default the one recorded with the adapter.")
     ] = None,
@@ -43,6 +45,19 @@ def export(
         print_table(
             "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
         )
+    _print_serving(report)
+
+
+def _print_serving(report: ExportReport) -> None:
+    """How the result is served, where vLLM would serve it rightly; else the reason."""
+    from pronghorn.cli.serve import print_plan
+    from pronghorn.errors import PronghornError
+    from pronghorn.serving.vllm import plan_serving
+
+    try:
+        print_plan(plan_serving(report.folder, base=report.base))
+    except PronghornError as error:
+        typer.echo(f"not for vLLM: {error}")
 
 
 def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:

@@ -54,12 +54,12 @@ def _shard(plan: MergePlan, shard: Shard) -> OutputShard:
     if shapes == [entry.shape for entry in shard.tensors.values()]:
         return OutputShard(shard.path.name, shard.prefix, tuple(tensors))
     sized = [replace(one.entry, shape=shape) for one, shape in zip(tensors, shapes, strict=True)]
-    prefix, entries = _write_header(shard.metadata, sized)
+    prefix, entries = write_header(shard.metadata, sized)
     moved = tuple(replace(one, entry=entry) for one, entry in zip(tensors, entries, strict=True))
     return OutputShard(shard.path.name, prefix, moved)
 
 
-def _write_header(
+def write_header(
     metadata: Mapping[str, str], entries: list[TensorEntry]
 ) -> tuple[bytes, tuple[TensorEntry, ...]]:
     """A header for tensors in the given order, padded to 8 bytes as the format wants; their new places."""

@@ -7,18 +7,19 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
-from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError, VerificationError
+from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
+from pronghorn.export.job import SUBFOLDER, Job, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
 from pronghorn.export.plan import MergePlan, plan_merge
+from pronghorn.export.portable import write_portable
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
-from pronghorn.export.verify import verify as check
 from pronghorn.export.vocabulary import TOKENIZER_FILES, FolderEdits, merged_files
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve, resolve_base
@@ -43,7 +44,8 @@ def export(
     Args:
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
-        format: "merged_16bit", the base with the adapter merged in; "lora", the adapter and its tokenizer.
+        format: "merged_16bit", the base with the adapter merged in; "adapter", the adapter in the portable
+            form that vLLM, llama.cpp and PEFT read alike; "lora", the adapter as it is and its tokenizer.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -66,31 +68,10 @@ def export(
     found = resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
-    job = _Job(source, found, goal, overwrite, verify, progress)
+    job = Job(source, found, goal, overwrite, verify, progress)
     with _disk_errors(goal):
         report = _FORMATS[format](job)
     return replace(report, seconds=time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class _Job:
-    adapter: Source
-    base: Source
-    target: Path
-    overwrite: bool
-    verify: bool
-    progress: Progress | None
-
-    @property
-    def tokenizer(self) -> Path:
-        """Where the tokenizer of training lies: with the adapter, or one up where PEFT made a subfolder."""
-        places = (self.adapter.path, self.adapter.path.parent)
-        named = places if self.adapter.config.get(_SUBFOLDER) else places[:1]
-        return next((place for place in named if (place / TOKENIZER_FILES[1]).is_file()), places[0])
-
-
-# marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named
-_SUBFOLDER = "_pronghorn_subfolder"
 
 
 def _find_adapter(adapter: str | Path, name: str | None) -> Source:
@@ -102,7 +83,7 @@ def _find_adapter(adapter: str | Path, name: str | None) -> Source:
         raise AdapterError(
             f"{adapter} is a {source.kind.value}, not an adapter", fix="give the adapter's folder"
         )
-    nested = {_SUBFOLDER: True} if chosen != folder else {}
+    nested = {SUBFOLDER: True} if chosen != folder else {}
     return replace(source, name=str(adapter), config={**source.config, **nested})
 
 
@@ -127,7 +108,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _merged(job: _Job) -> ExportReport:
+def _merged(job: Job) -> ExportReport:
     weights = open_weights(job.base.path)
     adapter = read_adapter(job.adapter.path)
     plan = plan_merge(weights, job.base.config, adapter)
@@ -148,7 +129,7 @@ def _merged(job: _Job) -> ExportReport:
         copy_into(job.base.path, copied, staging)
         _write_edits(edits, staging)
         _write_index(plan, shards, staging)
-        checks = _verified(job, staging, against=job.adapter.path) if job.verify else ()
+        checks = verified(job, staging, against=job.adapter.path) if job.verify else ()
     return ExportReport(
         folder=job.target,
         format="merged_16bit",
@@ -210,7 +191,7 @@ def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path
     (staging / index.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _lora(job: _Job) -> ExportReport:
+def _lora(job: Job) -> ExportReport:
     """The adapter as PEFT wrote it, with the tokenizer it was trained with (else the base's)."""
     read_adapter(job.adapter.path)
     names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_NAME, "README.md"]
@@ -222,7 +203,7 @@ def _lora(job: _Job) -> ExportReport:
     with StagedFolder(job.target, job.overwrite) as staging:
         for folder, name in pieces:
             copy_into(folder, [Path(name)], staging)
-        checks = _verified(job, staging, against=None) if job.verify else ()
+        checks = verified(job, staging, against=None) if job.verify else ()
     return ExportReport(
         folder=job.target,
         format="lora",
@@ -241,22 +222,8 @@ def _lora(job: _Job) -> ExportReport:
     )
 
 
-def _verified(job: _Job, staging: Path, *, against: Path | None) -> tuple[tuple[str, str], ...]:
-    """Check the staged folder, the deep part in a fresh process; a broken promise keeps it from appearing."""
-    report = check(staging, deep=against is not None, against=against, base=job.base.path)
-    failure = report.first_failure
-    if failure is None:
-        return tuple((row.name, row.detail) for row in report.rows)
-    detail = failure.detail.replace(str(staging), str(job.target))
-    if failure.ok is None:
-        raise VerificationError(
-            f"{job.target} was not verified, so it was not written: {failure.name}: {detail}",
-            fix="remove the cause, or export with verify=False (--no-verify) and check it elsewhere",
-        )
-    raise VerificationError(
-        f"{job.target} was not written, it would break a promise: {failure.name}: {detail}",
-        fix="please report this; verify=False (--no-verify) writes the folder for a closer look",
-    )
-
-
-_FORMATS: dict[str, Callable[[_Job], ExportReport]] = {"merged_16bit": _merged, "lora": _lora}
+_FORMATS: dict[str, Callable[[Job], ExportReport]] = {
+    "merged_16bit": _merged,
+    "adapter": write_portable,
+    "lora": _lora,
+}
