@@ -20,12 +20,12 @@ from pronghorn.adapters.origin import changed_weights, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.adapters.targets import resolve_targets
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
+from pronghorn.export.formats import FORMATS, unknown_format
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.memory import recompute
 
 DEFAULT_SEED = 3407
-SAVE_METHODS = ("merged_16bit", "adapter", "lora")
 Recompute = bool | Literal["unsloth"]
 
 
@@ -339,8 +339,8 @@ def _save_pretrained_merged(
     overwrite: bool = False,
     **other: Any,
 ) -> Any:
-    """Write the base files with the adapter merged in ("merged_16bit"), or the adapter as it is ("lora") or
-    in the portable form that vLLM, llama.cpp and PEFT read alike ("adapter").
+    """Write the base files with the adapter merged in ("merged_16bit"; quantised: "w4a16", "w8a8", "fp8"), or
+    the adapter: as it is ("lora"), or so that vLLM, llama.cpp and PEFT read it alike ("adapter").
 
     The merge goes from files to files and is verified in a fresh process; ``overwrite`` replaces a folder.
 
@@ -350,8 +350,9 @@ def _save_pretrained_merged(
         ExportError: the export failed or did not verify; nothing was written.
     """
     _refuse("save_pretrained_merged", other, _SAVE_REFUSED, _save_pretrained_merged)
-    if save_method not in SAVE_METHODS:
-        raise ConfigError(f"save_method is {save_method!r}", fix=f"use one of: {', '.join(SAVE_METHODS)}")
+    if save_method not in FORMATS:
+        message, fix = unknown_format(save_method)
+        raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
     if not hasattr(self, "peft_config"):
         raise AdapterError(
             "the model has no adapter, so there is nothing to merge", fix="call get_peft_model first"

@@ -16,7 +16,11 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="The trained adapter's folder.")],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     format_: Annotated[
-        str, typer.Option("--format", help="merged_16bit, adapter (portable), lora (as it is).")
+        str,
+        typer.Option(
+            "--format",
+            help="merged_16bit; w4a16, w8a8 or fp8 (quantised); adapter (portable); lora (as it is).",
+        ),
     ] = "merged_16bit",
     base: Annotated[
         str | None, typer.Option(help="The base; by default the one recorded with the adapter.")

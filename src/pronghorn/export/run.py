@@ -8,21 +8,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
 from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
 from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
+from pronghorn.export.formats import QUANTISED, unknown_format
 from pronghorn.export.job import SUBFOLDER, Job, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
 from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
+from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
 from pronghorn.export.vocabulary import TOKENIZER_FILES, FolderEdits, merged_files
 from pronghorn.sources.record import RECORD_NAME
-from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve, resolve_base
+from pronghorn.sources.resolve import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    read_json,
+    resolve,
+    resolve_base,
+)
 from pronghorn.sources.source import Source, SourceKind
 from pronghorn.weights.folder import open_weights
 from pronghorn.weights.writer import StagedFolder
@@ -44,7 +54,8 @@ def export(
     Args:
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
-        format: "merged_16bit", the base with the adapter merged in; "adapter", the adapter in the portable
+        format: "merged_16bit", the base with the adapter merged in; "w4a16", "w8a8" or "fp8", the same
+            quantised for vLLM and transformers (compressed-tensors); "adapter", the adapter in the portable
             form that vLLM, llama.cpp and PEFT read alike; "lora", the adapter as it is and its tokenizer.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
@@ -59,9 +70,8 @@ def export(
         VerificationError: the result broke a promise; nothing appears.
     """
     if format not in _FORMATS:
-        raise NotSupportedError(
-            f"the format {format!r} is not known", fix=f"choose one of {', '.join(_FORMATS)}"
-        )
+        message, fix = unknown_format(format)
+        raise NotSupportedError(message, fix=fix)
     started = time.perf_counter()
     source = _find_adapter(adapter, adapter_name)
     # the base's own code is copied, never run here; verification decides for itself
@@ -108,15 +118,18 @@ def _disk_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _merged(job: Job) -> ExportReport:
+def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     weights = open_weights(job.base.path)
     adapter = read_adapter(job.adapter.path)
     plan = plan_merge(weights, job.base.config, adapter)
     zero = _check_values(plan)
-    shards = lay_out(plan)
+    codes = plan_quantisation(quantised, weights, job.base.config, job.base.path) if quantised else None
+    shards = lay_out(plan) if codes is None else lay_out_codes(lay_out(plan), codes)
     edits = merged_files(
         job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
     )
+    if codes is not None:
+        _add_quantisation(edits, codes, job.base.path)
     copied, left = small_files(job.base.path)
     copied = [name for name in copied if str(name) not in edits.files]
     updated = {name for name, change in plan.changes.items() if change.update and not change.tokens}
@@ -128,11 +141,11 @@ def _merged(job: Job) -> ExportReport:
         counts = write_shards(shards, adapter.shard, staging, job.progress)
         copy_into(job.base.path, copied, staging)
         _write_edits(edits, staging)
-        _write_index(plan, shards, staging)
+        _write_index(plan, shards, staging, same=codes is None)
         checks = verified(job, staging, against=job.adapter.path) if job.verify else ()
     return ExportReport(
         folder=job.target,
-        format="merged_16bit",
+        format=quantised or "merged_16bit",
         adapter=job.adapter.path,
         base=job.base.path,
         tensors_merged=len(plan.changes),
@@ -140,7 +153,7 @@ def _merged(job: Job) -> ExportReport:
         bytes_written=needed,
         changed_share=changed_share(counts),
         warnings=merge_warnings(counts, updated, zero),
-        changes=tuple(edits.listed),
+        changes=tuple(edits.listed) if codes is None else (codes.told, *edits.listed),
         left_out=left_out(weights, left),
         seconds=0.0,
         verified=True if job.verify else None,
@@ -166,27 +179,35 @@ def _check_values(plan: MergePlan) -> list[str]:
     ]
 
 
+def _add_quantisation(edits: FolderEdits, codes: Quantisation, base: Path) -> None:
+    edited = edits.files.get(BASE_CONFIG)
+    edits.files[BASE_CONFIG] = codes.edit(json.loads(edited) if edited else read_json(base / BASE_CONFIG))
+    edits.listed.append(f"{BASE_CONFIG}: quantization_config added ({codes.scheme.layout})")
+
+
 def _write_edits(edits: FolderEdits, staging: Path) -> None:
     for name, content in edits.files.items():
         if content is not None:
             (staging / name).write_bytes(content)
 
 
-def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path) -> None:
-    """The base's index, byte for byte where nothing in it changes."""
+def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path, *, same: bool) -> None:
+    """The base's index, byte for byte where nothing changes; ``same``: tensors have the base's names."""
     index = plan.weights.index
     if index is None:
         return
-    if plan.untied is None and plan.vocabulary is None:
+    if same and plan.untied is None and plan.vocabulary is None:
         (staging / index.name).write_bytes(index.read_bytes())
         return
     document = json.loads(index.read_text(encoding="utf-8"))
-    entries = {one.entry.name: (shard.name, one.entry) for shard in shards for one in shard.tensors}
+    entries = {
+        entry.name: (shard.name, entry) for shard in shards for one in shard.tensors for entry in one.entries
+    }
     document["weight_map"] = {name: entries[name][0] for name in sorted(entries)}
     metadata = document.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = sum(entry.nbytes for _, entry in entries.values())
-    if isinstance(metadata, dict) and "total_parameters" in metadata:
+    if isinstance(metadata, dict) and "total_parameters" in metadata and same:
         metadata["total_parameters"] = sum(prod(entry.shape) for _, entry in entries.values())
     (staging / index.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
@@ -224,6 +245,7 @@ def _lora(job: Job) -> ExportReport:
 
 _FORMATS: dict[str, Callable[[Job], ExportReport]] = {
     "merged_16bit": _merged,
+    **{name: partial(_merged, quantised=name) for name in QUANTISED},
     "adapter": write_portable,
     "lora": _lora,
 }
