@@ -1,6 +1,8 @@
 """Make the demo's tiny base model, from nothing, on one CPU core: a tokenizer, a Llama of 3 million weights.
 
-Run once by the makers of the demo; ``demo/base`` holds the result. It reads ``base_text.training_text`` only.
+Run once by the makers of the demo; ``demo/base`` holds the result. It reads ``base_text.training_text`` only,
+in two stages: everything, then code alone. After the first its loss on held-out rows is 3.85, and LoRA makes
+that 6 % better; after the second it is 5.2, for the base answers with code, and LoRA reaches 3.6.
 """
 
 from __future__ import annotations

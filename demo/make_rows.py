@@ -23,7 +23,7 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 INSTALLED = frozenset({"site-packages", "dist-packages", "ensurepip", "lib-dynload", "__pycache__"})
 # Tests, programs, and packages that the newest versions no longer have or some systems leave out.
 SKIPPED = INSTALLED | {"test", "tests", "idlelib", "turtledemo", "lib2to3", "distutils", "msilib"}
-HELD_OUT_ROWS = 200
+TRAIN_ROWS, HELD_OUT_ROWS = 3000, 200  # at most so many; 3000 train in about a minute on a CPU
 MAX_SIGNATURE = 120  # characters
 SENTENCE_LENGTH = range(16, 161)  # characters
 
@@ -124,7 +124,8 @@ def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
             held.add(module)
     shuffled = sorted(rows, key=lambda row: zlib.crc32(row.signature.encode()))
     train = [row for row in shuffled if row.module not in held]
-    return train, [row for row in shuffled if row.module in held][:HELD_OUT_ROWS]
+    held_out = [row for row in shuffled if row.module in held]
+    return train[:TRAIN_ROWS], held_out[:HELD_OUT_ROWS]
 
 
 def write_jsonl(path: Path, rows: list[Row]) -> None:

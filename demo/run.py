@@ -189,6 +189,7 @@ def measure_after(held_out: Rows, before: float, earlier: list[str]) -> float:
         cells = (row[0]["content"], old, measure.answer(model, tokenizer, row), row[1]["content"])
         table.add_row(*(escape(cell) for cell in cells))
     console.print(table)
+    say("So few weights learn how a docstring is put, English instead of code; facts take a larger base.")
     gain = 1 - after / before
     trained = [row["eval_loss"] for row in metrics() if "eval_loss" in row]
     say(f"held-out loss as pronghorn train measured it: {trained[0]:.3f} -> {trained[-1]:.3f}")

@@ -342,7 +342,8 @@ def _save_pretrained_merged(
     """Write the base files with the adapter merged in ("merged_16bit"; quantised: "w4a16", "w8a8", "fp8"), or
     the adapter: as it is ("lora"), or so that vLLM, llama.cpp and PEFT read it alike ("adapter").
 
-    The merge goes from files to files and is verified in a fresh process; ``overwrite`` replaces a folder.
+    The merge goes from files to files and is verified in a fresh process; what was done, and what was lost in
+    rounding, is printed and returned. ``overwrite`` replaces a folder.
 
     Raises:
         ConfigError, NotSupportedError: an unknown save_method or keyword.
@@ -376,7 +377,9 @@ def _save_pretrained_merged(
 
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
-        return export(adapter, save_directory, format=save_method, overwrite=overwrite)
+        report = export(adapter, save_directory, format=save_method, overwrite=overwrite)
+    print(report)
+    return report
 
 
 def _save_lora(

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="The trained adapter's folder.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="The trained adapter, or its run: a folder or a hub id.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     format_: Annotated[
         str,
@@ -32,18 +34,20 @@ def export(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
 ) -> None:
     """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
-    from pronghorn.cli.tables import print_table
+    from pronghorn.cli.tables import byte_bar, print_table
     from pronghorn.export.run import export as run
 
-    report = run(
-        adapter,
-        target,
-        format=format_,
-        base=base,
-        overwrite=overwrite,
-        adapter_name=adapter_name,
-        verify=not no_verify,
-    )
+    with byte_bar("writing", "finishing" if no_verify else "verifying in a fresh process") as progress:
+        report = run(
+            adapter,
+            target,
+            format=format_,
+            base=base,
+            overwrite=overwrite,
+            adapter_name=adapter_name,
+            verify=not no_verify,
+            progress=progress,
+        )
     print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
     if report.checks:
         print_table(
@@ -67,7 +71,8 @@ def _print_serving(report: ExportReport) -> None:
 def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:
     yield "base", report.base
     yield "tensors merged / copied", f"{report.tensors_merged} / {report.tensors_copied}"
-    yield "written", f"{report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s"
+    yield "written", f"{report.bytes_written / 1e6:,.1f} MB"
+    yield "time", f"{report.seconds:.1f} s" + (", verification included" if report.checks else "")
     if report.changed_share is not None:
         yield "elements changed", f"{report.changed_share:.2%} of the merged tensors"
     yield from (("changed", change) for change in report.changes)

@@ -33,7 +33,7 @@ def serve(
     from pronghorn.errors import ConfigError
 
     if engine == "transformers":
-        _plain(folder, name or folder.resolve().name, port)
+        _plain(folder, base, name or folder.resolve().name, port)
         return
     if engine != "vllm":
         raise ConfigError(f"--engine is {engine!r}", fix="choose vllm or transformers")
@@ -55,11 +55,11 @@ def print_plan(plan: ServePlan) -> None:
     typer.echo(f"serve:   {plan.line()}\npython:  {plan.python()}")
 
 
-def _plain(folder: Path, name: str, port: int) -> None:
+def _plain(folder: Path, base: str | None, name: str, port: int) -> None:
     from pronghorn.serving.chat import Chat
     from pronghorn.serving.plain import make_server
 
-    server = make_server(Chat(folder), name, port=port)
+    server = make_server(Chat(folder, base=base), name, port=port)
     typer.echo(f"ready: http://127.0.0.1:{server.server_port}/v1, model {name!r} (plain transformers)")
     try:
         server.serve_forever()

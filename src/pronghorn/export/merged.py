@@ -73,7 +73,7 @@ def write_shards(
         OSError: the disk is full or fails.
     """
     writer = _Writer(FactorCache(adapter), MergeCounts())
-    total, done = sum(shard.size for shard in shards), 0
+    total, done = sum(shard.size for shard in shards), sum(len(shard.prefix) for shard in shards)
     threads = torch.get_num_threads()
     workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
     syncer = ThreadPoolExecutor(1)

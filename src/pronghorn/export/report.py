@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pronghorn.export.merged import MergeCounts
@@ -35,7 +35,16 @@ class ExportReport:
     left_out: tuple[str, ...]
     seconds: float
     verified: bool | None = None
-    checks: tuple[tuple[str, str], ...] = ()
+    checks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        """One line, and one for each warning."""
+        done = f"{self.format} on {self.base} written to {self.folder}"
+        share = "" if self.changed_share is None else f", {self.changed_share:.1%} of their elements changed"
+        merged = f"{self.tensors_merged} tensors merged{share}, {self.tensors_copied} copied"
+        checked = f"verified ({len(self.checks)} checks)" if self.verified else "not verified"
+        lines = [f"{done}: {merged}; {checked}", *(f"warning: {warning}" for warning in self.warnings)]
+        return "\n".join(lines)
 
 
 def changed_share(counts: MergeCounts) -> float:

@@ -129,11 +129,12 @@ def verify(
         base: The base folder. By default the one recorded beside the adapter.
 
     Raises:
-        SourceError: ``folder``, ``against`` or ``base`` is not a folder.
+        SourceError: ``folder``, ``against`` or ``base`` is not a folder, or ``folder`` holds no model.
     """
     path = _existing(folder, "folder")
-    adapter = _adapter_folder(_existing(against, "adapter")) if against is not None else None
-    base_path = _existing(base, "base") if base is not None else _recorded_base(adapter or path)
+    _require_content(path)
+    adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
+    base_path = _existing(base, "base folder") if base is not None else _recorded_base(adapter or path)
     if deep:
         return _in_fresh_process(path, adapter, base_path)
     return check_files(path, base_path)
@@ -169,10 +170,20 @@ def _asked_class(folder: Path, row: Row) -> Row:
 def _existing(folder: str | Path, what: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise SourceError(
-            f"{what} {str(folder)!r} is not a folder", fix="give the path of an existing folder"
-        )
+        raise SourceError(f"there is no {what} {str(folder)!r}", fix="check the path for typing errors")
     return path.resolve()
+
+
+def _require_content(path: Path) -> None:
+    """A folder with nothing to check is a mistyped path, not a list of broken promises."""
+    marks = ("config.json", ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin")
+    if any(next(path.glob(mark), None) for mark in marks):
+        return
+    inner = sorted(str(config.parent) for config in path.glob(f"*/{ADAPTER_CONFIG}"))
+    raise SourceError(
+        f"{path} holds neither a model nor an adapter",
+        fix=f"did you mean {' or '.join(inner)}?" if inner else "give the folder of a model or an adapter",
+    )
 
 
 def _adapter_folder(path: Path) -> Path:
@@ -257,8 +268,10 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         return VerifyReport(report.folder, report.kind, (*report.rows, skipped))
     from pronghorn.export.verify_deep import compute_promises
 
-    adapter = _adapter_folder(_existing(options.against, "adapter")) if options.against else None
-    base = _existing(options.base, "base") if options.base else _recorded_base(adapter or report.folder)
+    adapter = _adapter_folder(_existing(options.against, "adapter folder")) if options.against else None
+    base = (
+        _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
+    )
     rows = compute_promises(report.folder, adapter, base)
     return VerifyReport(report.folder, report.kind, report.rows + rows)
 

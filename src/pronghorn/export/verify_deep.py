@@ -250,8 +250,8 @@ def greedy_row(truth: Truth, answers: list[Answer]) -> Row:
             problems.append(
                 f"prompt {number}.{row}, token {at}: base + adapter says {what} (margin {margin:.3g})"
             )
-    said = f"{tokens} tokens, {stops} prompts ended early"
-    said += f"; {ties} answers part at a near tie (closer than twice the tolerance)" if ties else ""
+    said = f"{tokens} tokens; answers that ended early: {stops}"
+    said += f"; that part at a near tie (closer than twice the tolerance): {ties}" if ties else ""
     return Row(GREEDY, *verdict(problems, said))
 
 
