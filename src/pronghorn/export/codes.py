@@ -120,15 +120,14 @@ def encode(
     grouped = weight.reshape(rows, -1, scheme.group or columns)
     top = torch.finfo(_FP8).max if scheme.kind == "float" else 2 ** (scheme.bits - 1) - 0.5
     scale = (grouped.abs().amax(2) / top).to(scale_dtype)
-    scale = torch.where(
-        scale == 0, torch.ones_like(scale), scale
-    )  # rows of zeros, or too small for the dtype
+    # rows of zeros, or too small for the dtype
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     units = (grouped / scale.float().unsqueeze(2)).reshape(rows, columns)
     if scheme.kind == "float":
-        return units.clamp(-top, top).to(_FP8).view(torch.uint8), scale
+        return units.clamp_(-top, top).to(_FP8).view(torch.uint8), scale
     low = -(2 ** (scheme.bits - 1))
-    codes = units.round().clamp(low, -low - 1)
+    codes = units.round_().clamp_(low, -low - 1)
     if scheme.bits == 8:
         return codes.to(torch.int8).view(torch.uint8), scale
-    nibbles = (codes - low).to(torch.uint8)
+    nibbles = codes.sub_(low).to(torch.uint8)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale
