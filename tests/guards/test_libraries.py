@@ -11,14 +11,34 @@ from tests.guards.source import COMPUTED, ROOT, Module, modules
 # library -> the modules that may import it; a name that ends with a dot stands for everything below it
 PLACES: dict[str, tuple[str, ...]] = {
     # the model stack: whole rooms
-    "torch": ("adapters.", "export.", "hardware", "loading.", "serving.", "training.", "weights."),
-    "transformers": ("adapters.", "data.", "export.", "loading.", "serving.", "training."),
+    "torch": (
+        "adapters.",
+        "attention.",
+        "export.",
+        "hardware",
+        "loading.",
+        "memory.layers",
+        "ops.",
+        "patching.",
+        "training.",
+        "weights.",
+    ),
+    "transformers": (
+        "adapters.",
+        "attention.interface",
+        "data.",
+        "export.",
+        "loading.",
+        "memory.layers",
+        "serving.",
+        "training.",
+    ),
     # boundaries: one place for each thing done with the library
     "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model"),
     "trl": ("training.trainer",),
     "accelerate": (),
     "datasets": ("data.prepare", "data.rows", "data.store"),
-    "pyarrow": ("data.rows", "data.store"),
+    "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),
     "typer": ("cli.",),
