@@ -20,6 +20,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "memory.layers",
         "ops.",
         "patching.",
+        "serving.vllm",
         "training.",
         "weights.",
     ),

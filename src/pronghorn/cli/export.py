@@ -17,7 +17,13 @@ def export(
         str, typer.Argument(metavar="ADAPTER", help="The trained adapter, or its run: a folder or a hub id.")
     ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
-    format_: Annotated[str, typer.Option("--format", help="What to write.")] = "merged_16bit",
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="merged_16bit; w4a16, w8a8 or fp8 (quantised); adapter (portable); lora (as it is).",
+        ),
+    ] = "merged_16bit",
     base: Annotated[
         str | None, typer.Option(help="The base; by default the one recorded with the adapter.")
     ] = None,
@@ -47,6 +53,19 @@ def export(
         print_table(
             "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
         )
+    _print_serving(report)
+
+
+def _print_serving(report: ExportReport) -> None:
+    """How the result is served, where vLLM would serve it rightly; else the reason."""
+    from pronghorn.cli.serve import print_plan
+    from pronghorn.errors import PronghornError
+    from pronghorn.serving.vllm import plan_serving
+
+    try:
+        print_plan(plan_serving(report.folder, base=report.base))
+    except PronghornError as error:
+        typer.echo(f"not for vLLM: {error}")
 
 
 def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:
