@@ -20,7 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny models gain nothing from threads, and sums are in the same order on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Hide the accelerators from every run that does not ask for ``-m gpu``. Here, not in pytest_configure: conftest
+# Hide accelerators from every run that does not ask for ``-m gpu``. Here, not in pytest_configure: conftest
 # files of folders named on the command line come before it, and Triton's interpreter is chosen at its import.
 _MARKS = sys.argv[sys.argv.index("-m") + 1] if "-m" in sys.argv[:-1] else ""
 if "gpu" not in _MARKS.replace("not gpu", ""):
