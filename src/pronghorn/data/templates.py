@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -17,7 +16,6 @@ from pronghorn.errors import DataError
 
 _LIBRARY = resources.files("pronghorn.data") / "chat_templates"
 _SUFFIX = ".jinja"
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,6 @@ class ChatTemplate:
     def plain(self) -> bool:
         """Whether the tokenizer renders as transformers does, not by code of its own."""
         return type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-
-    @property
-    def has_generation_marks(self) -> bool:
-        """Whether the template itself says which text the assistant writes."""
-        return bool(_GENERATION_MARK.search(self.text))
 
     def render(self, prefixes: Sequence[Prefix]) -> list[str | RenderError]:
         """Render each; those the template raises on become a ``RenderError``."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pronghorn.adapters.origin import base_of
 from pronghorn.errors import ConfigError, NotSupportedError
 from pronghorn.memory.layers import RecomputeSwitch, make_plan
 from pronghorn.patching import attentions, head, linears, mlps, norms
@@ -18,7 +19,7 @@ from pronghorn.patching.proof import Build, Verdict, prove
 from pronghorn.patching.report import Choice, Part, PatchReport
 from pronghorn.patching.signature import signature
 from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
-from pronghorn.patching.watch import base_of, current_report, watch
+from pronghorn.patching.watch import current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
 
 # what turns q and k is a function of the model's file, called by name: it has no instance to be replaced

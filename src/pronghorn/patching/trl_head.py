@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pronghorn.adapters.origin import base_of
 from pronghorn.ops import select
 from pronghorn.ops.shapes import LogitStep
 from pronghorn.patching.proof import distance
 from pronghorn.patching.trace import sample_batch, train_mode
-from pronghorn.patching.watch import base_of
 
 FUNCTION = "_ChunkedLogProbFunction"
 OUTPUTS = frozenset({"log_probs", "entropy", "is_top1"})

@@ -9,13 +9,6 @@ import torch
 from pronghorn.patching.report import Choice, PatchReport
 
 
-def base_of(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    while hasattr(model, "get_base_model") and (base := model.get_base_model()) is not model:
-        model = base
-    return model
-
-
 class AdapterWatch:
     """A forward pre-hook of the backbone: plans again when the model's set of adapters has changed since.
 
