@@ -11,7 +11,7 @@ from tests.guards.source import COMPUTED, ROOT, Module, modules
 # library -> the modules that may import it; a name that ends with a dot stands for everything below it
 PLACES: dict[str, tuple[str, ...]] = {
     # the model stack: whole rooms
-    "torch": ("adapters.", "export.", "hardware", "loading.", "serving.", "training.", "weights."),
+    "torch": ("adapters.", "export.", "hardware", "loading.", "quant.", "serving.", "training.", "weights."),
     "transformers": ("adapters.", "data.", "export.", "loading.", "serving.", "training."),
     # boundaries: one place for each thing done with the library
     "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model", "serving.chat"),
@@ -28,7 +28,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "numpy": ("export.merged",),
     "tokenizers": ("data.isolated",),
     "jinja2": ("export.verify_tokens",),
-    "bitsandbytes": (),
+    "bitsandbytes": ("quant.library",),
 }
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name to install differs
 

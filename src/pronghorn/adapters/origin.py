@@ -19,7 +19,8 @@ class Origin:
 
     ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length;
     ``rows`` the embedding rows at load; ``seed`` the default seed of a new adapter; ``samples`` a few values
-    of every weight at load.
+    of every weight at load; ``quantised`` the file tensors held in NF4, ``quantised_dtype`` what they decode
+    to; ``report`` the LoadReport.
     """
 
     name: str
@@ -34,6 +35,9 @@ class Origin:
     seed: int = 3407
     rows: int | None = None
     samples: dict[str, str] = field(default_factory=dict)
+    quantised: tuple[str, ...] = ()
+    quantised_dtype: str | None = None
+    report: Any = None
 
 
 def base_of(model: Any) -> Any:

@@ -65,7 +65,10 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     is_adapter = source.kind is SourceKind.ADAPTER
     config = with_lora_defaults(config, adapter=is_adapter)
     options = LoadOptions(
-        max_seq_length=wanted.max_seq_length, dtype=wanted.dtype, trust_remote_code=wanted.trust_remote_code
+        max_seq_length=wanted.max_seq_length,
+        dtype=wanted.dtype,
+        quantization=wanted.quantization,
+        trust_remote_code=wanted.trust_remote_code,
     )
     with _no_bars():
         model, tokenizer = load(source, options, say=narrator.say)
