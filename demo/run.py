@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from make_rows import all_rows, split, write_jsonl
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
@@ -60,7 +62,7 @@ def shown(path: Path) -> str:
 
 def command(*arguments: str) -> list[str]:
     """Print a pronghorn command as it would be typed, and give it back ready to start."""
-    console.print(f"[bold]$ pronghorn {escape(' '.join(arguments))}[/]")
+    console.print(f"[bold]$ pronghorn {escape(shlex.join(arguments))}[/]")
     return [str(PRONGHORN), *arguments]
 
 
@@ -85,7 +87,7 @@ def make_rows() -> tuple[Rows, Rows]:
 
 def measure_before(train: Rows, held_out: Rows) -> tuple[float, list[str]]:
     """The base's loss and answers on held-out rows."""
-    heading("2. The base before training")
+    heading("2. The base before training: it has read Python, and answers everything with code")
     model, tokenizer = measure.load(DEMO / "base")
     size = sum(parameter.numel() for parameter in model.parameters())
     before = measure.loss(model, tokenizer, held_out)
@@ -180,11 +182,14 @@ def measure_after(held_out: Rows, before: float, earlier: list[str]) -> float:
     heading("8. The merged folder in plain transformers: held-out loss and answers")
     model, tokenizer = measure.load(MERGED)
     after = measure.loss(model, tokenizer, held_out)
-    table = Table("held-out question", "base", "after LoRA", "the docstring", show_lines=True)
+    table = Table(show_lines=True)
+    for title in ("held-out question", "base", "after LoRA", "the docstring"):
+        table.add_column(title, overflow="fold", ratio=1)
     for row, old in zip(held_out[:SHOWN], earlier, strict=True):
         cells = (row[0]["content"], old, measure.answer(model, tokenizer, row), row[1]["content"])
         table.add_row(*(escape(cell) for cell in cells))
     console.print(table)
+    say("So few weights learn how a docstring is put, English instead of code; facts take a larger base.")
     gain = 1 - after / before
     trained = [row["eval_loss"] for row in metrics() if "eval_loss" in row]
     say(f"held-out loss as pronghorn train measured it: {trained[0]:.3f} -> {trained[-1]:.3f}")
@@ -212,9 +217,9 @@ def main() -> None:
     """Tell the whole story, in a fresh work folder."""
     started = time.monotonic()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # or a pipe would get our lines after those of the commands
+        # Else a pipe would get our lines after those of the commands.
+        sys.stdout.reconfigure(line_buffering=True)
+    disable_progress_bar()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir()
     train, held_out = make_rows()

@@ -46,7 +46,10 @@ def own_rows() -> Iterator[tuple[str, str]]:
 def prepare(folder: Path) -> None:
     """A model, rows and run.yaml, as a person would have them."""
     shutil.copytree(ROOT / "demo" / "base", folder / "my-model")
-    rows = [{"prompt": question, "completion": answer} for question, answer in own_rows()]
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in own_rows()
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (settings,) = blocks(README.read_text(encoding="utf-8"), "yaml")
     (folder / "run.yaml").write_text(settings)
@@ -55,7 +58,7 @@ def prepare(folder: Path) -> None:
 def session() -> list[str]:
     """What is typed: a look at the files, one interrupted training, then the README's commands."""
     typed = [line for line in commands(README.read_text(encoding="utf-8")) if line.startswith("pronghorn ")]
-    train = f"{typed[0]} training.epochs=30 training.learning_rate=5e-3"  # a tiny model wants more
+    train = f"{typed[0]} training.epochs=12 training.learning_rate=5e-3"  # a tiny model wants more
     asked = typed[-1].split(" --prompt ")[0] + ' --prompt "What does HTTP status 404 mean?"'
     return [
         "ls",
@@ -74,7 +77,7 @@ def run(command: str, folder: Path, *, interrupt: bool = False) -> str:
     path = f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "110", "PATH": path}
     environment["HF_HOME"] = str(folder / ".cache")  # nothing tokenised before
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", newline="") as output:
         # exec: the signal must reach the command, not a shell around it
         process = subprocess.Popen(
             f"exec {command}", shell=True, cwd=folder, env=environment, stdout=output, stderr=output

@@ -1,4 +1,4 @@
-"""Tiny bases whose linear layers can be held in 4-bit, and the same written as 4-bit folders by transformers."""
+"""Tiny bases whose linear layers can be held in 4-bit, also written as 4-bit folders by transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_full(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     return tiny.write_base(folder, family, **{"intermediate_size": WIDTH, **overrides})
 
 
-def write_base(folder: Path, family: str = "llama", **overrides: Any) -> Path:
+def write_base(folder: Path, family: str = "llama", *, shard: str = "5GB", **overrides: Any) -> Path:
     """A 4-bit base, quantised and saved by transformers and bitsandbytes alone."""
     full = write_full(folder.parent / f"{folder.name}-full", family, **overrides)
     settings = BitsAndBytesConfig(
@@ -28,7 +28,7 @@ def write_base(folder: Path, family: str = "llama", **overrides: Any) -> Path:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(full, dtype=torch.bfloat16, quantization_config=settings)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 
@@ -42,12 +42,12 @@ def randomise(model: Any, scale: float = 0.2) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """A run ended from outside, as if it had been killed."""
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
-    """Raise ``Stopped`` after some optimizer steps."""
+    """Raise ``StoppedError`` after some optimizer steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -55,4 +55,4 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count."""
         if state.global_step >= self.steps:
-            raise Stopped
+            raise StoppedError

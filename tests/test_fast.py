@@ -81,11 +81,13 @@ def test_the_usual_notebook(base: Path, tmp_path: Path) -> None:
     assert sum(p.requires_grad for p in again.parameters()) == 28
 
 
-def test_merged_folder_is_the_model(base: Path, tmp_path: Path) -> None:
+def test_merged_folder_is_the_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(base)
     model = FastLanguageModel.get_peft_model(model)
     shake(model)
     model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    said = capsys.readouterr().out
+    assert f"written to {tmp_path / 'merged'}: 14 tensors merged" in said and "verified (" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     truth = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     plain = logits(truth)

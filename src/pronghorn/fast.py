@@ -344,7 +344,8 @@ def _save_pretrained_merged(
 ) -> Any:
     """Write the base files with the adapter merged in ("merged_16bit"), or the adapter ("lora").
 
-    The merge goes from files to files and is verified in a fresh process; ``overwrite`` replaces a folder.
+    The merge goes from files to files and is verified in a fresh process; what was done, and what was lost in
+    rounding, is printed and returned. ``overwrite`` replaces a folder.
 
     Raises:
         ConfigError, NotSupportedError: an unknown save_method or keyword.
@@ -377,4 +378,6 @@ def _save_pretrained_merged(
 
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
-        return export(adapter, save_directory, format=save_method, overwrite=overwrite)
+        report = export(adapter, save_directory, format=save_method, overwrite=overwrite)
+    print(report)
+    return report

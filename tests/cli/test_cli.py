@@ -124,7 +124,9 @@ def test_export_verifies_and_chat_answers(
     for folder in (target, adapter):
         arguments = ("chat", folder, "--prompt", "Hello", "--max-new-tokens", "8", "--system", "Be brief.")
         assert run(*arguments, monkeypatch=monkeypatch) == 0
-        answers.append(capsys.readouterr().out)
+        said = capsys.readouterr()
+        answers.append(said.out)
+        assert said.err == ""  # no bar, no warning of a library
     assert answers[0].strip()
     assert answers[0] == answers[1]
 

@@ -38,33 +38,31 @@ def test_rows_are_signature_and_first_sentence() -> None:
     ]
 
 
-def test_the_split_is_disjoint_by_sentence_question_and_package(rows) -> None:
+def test_the_split_is_disjoint_by_sentence_question_and_module(rows) -> None:
     train, held_out = rows
-    assert 1500 < len(train) < 5000
-    assert len(held_out) == make_rows.HELD_OUT_ROWS
+    assert (len(train), len(held_out)) == (make_rows.TRAIN_ROWS, make_rows.HELD_OUT_ROWS)
     for key in (
         lambda row: " ".join(make_rows.words(row.sentence)),
         lambda row: row.question,
-        lambda row: row.module.split(".")[0],
+        lambda row: row.module,
     ):
         assert not {key(row) for row in train} & {key(row) for row in held_out}
     sentences = [" ".join(make_rows.words(row.sentence)) for row in train + held_out]
     assert len(set(sentences)) == len(sentences)
 
 
-def test_no_package_dominates_the_held_out_rows(rows) -> None:
-    packages = [row.module.split(".")[0] for row in rows[1]]
-    assert max(map(packages.count, packages)) <= make_rows.HELD_OUT_ROWS // 10
+def test_no_module_dominates_the_held_out_rows(rows) -> None:
+    modules = [row.module for row in rows[1]]
+    assert max(map(modules.count, modules)) <= make_rows.HELD_OUT_ROWS // 10
 
 
-def test_two_calls_give_the_same_rows(rows) -> None:
-    assert make_rows.split(make_rows.all_rows()) == rows
-
-
-def test_the_files_are_chat_messages(tmp_path, rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_are_messages_and_the_same_each_time(
+    tmp_path, rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["make_rows.py", str(tmp_path / "rows")])
     make_rows.main()
-    lines = (tmp_path / "rows" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [row.messages() for row in rows[1]]
+    for name, part in zip(("train.jsonl", "heldout.jsonl"), rows, strict=True):
+        lines = (tmp_path / "rows" / name).read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == [row.messages() for row in part]
     roles = [turn["role"] for turn in json.loads(lines[0])["messages"]]
     assert roles == ["user", "assistant"]

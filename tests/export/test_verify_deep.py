@@ -226,7 +226,7 @@ def test_greedy_answers_must_end_at_the_same_place(case: Case, tmp_path: Path) -
         path.write_text(json.dumps({**json.loads(path.read_text()), **ends}))
     row = stopping.rows(same)[GREEDY]
     assert row.ok is True
-    assert "0 prompts ended early" not in row.detail
+    assert "ended early: 0" not in row.detail
     row = stopping.rows(case.merged)[GREEDY]
     assert row.ok is False
     assert "an end after" in row.detail

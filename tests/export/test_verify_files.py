@@ -287,8 +287,17 @@ def test_shallow_loads_no_torch_and_takes_a_second(folder: Path) -> None:
 
 
 def test_missing_folder_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="is not a folder"):
+    with pytest.raises(SourceError, match=r"there is no folder '.*nowhere'"):
         verify(tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_model_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="holds neither a model nor an adapter"):
+        verify(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"did you mean .*/adapter\?"):
+        verify(tmp_path)
 
 
 def test_report_raises_for_the_first_failure_and_for_unverified() -> None:

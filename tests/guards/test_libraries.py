@@ -14,7 +14,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "torch": ("adapters.", "export.", "hardware", "loading.", "quant.", "serving.", "training.", "weights."),
     "transformers": ("adapters.", "data.", "export.", "loading.", "serving.", "training."),
     # boundaries: one place for each thing done with the library
-    "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model", "serving.chat"),
+    "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model"),
     "trl": ("training.trainer",),
     "accelerate": (),
     "datasets": ("data.prepare", "data.rows", "data.store"),

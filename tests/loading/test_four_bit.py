@@ -201,7 +201,7 @@ def test_a_run_in_4_bit_resumes_bit_for_bit(tmp_path: Path, stored: bool) -> Non
 
     whole = train(config("whole"))
     stop = four_bit.StopAfter(3)
-    with pytest.raises(four_bit.Stopped):
+    with pytest.raises(four_bit.StoppedError):
         train(config("parts"), callbacks=[stop])
     parts = train(config("parts"))
     assert parts.resumed_from == 2

@@ -80,7 +80,7 @@ def test_recognised_by_content_and_nested(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [nf4.ABSMAX, nf4.CODE, nf4.STATE, nf4.NESTED_ABSMAX, nf4.NESTED_CODE, ""])
 def test_a_missing_part_is_named(folder: Path, tmp_path: Path, part: str) -> None:
     broken = copy(folder, tmp_path / "broken", lambda tensors: tensors.pop(NAME + part))
-    with pytest.raises(SourceError, match="missing") as caught:
+    with pytest.raises(SourceError, match=r"missing") as caught:
         read(broken)
     assert NAME + part in str(caught.value)
 
@@ -126,7 +126,7 @@ def test_config_and_files_contradict_each_other(folder: Path, tmp_path: Path) ->
     config = json.loads((silent / "config.json").read_text())
     claimed = config.pop("quantization_config")
     (silent / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="stored in 4-bit, but config.json has no quantization_config"):
+    with pytest.raises(SourceError, match=r"stored in 4-bit, but config.json has no quantization_config"):
         read(silent)
     full = tiny.write_base(tmp_path / "full")
     config = json.loads((full / "config.json").read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pronghorn.errors import AdapterError, DataError, SourceError
+from pronghorn.errors import DataError, SourceError
 from pronghorn.serving.chat import Chat
 from tests import tiny
 
@@ -56,7 +56,7 @@ def test_adapter_folder_answers_like_base_plus_adapter(base: Path, adapter: Path
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     expected = greedy(wrapped, [{"role": "user", "content": "Hello"}], 12)
     assert "".join(Chat(adapter, max_new_tokens=12).ask("Hello")) == expected
-    assert "".join(Chat(base, adapter=adapter, max_new_tokens=12).ask("Hello")) == expected
+    assert "".join(Chat(adapter, base=base, max_new_tokens=12).ask("Hello")) == expected
     assert "".join(Chat(base, max_new_tokens=12).ask("Hello")) != expected
 
 
@@ -75,11 +75,18 @@ def test_it_stops_at_an_end_token(base: Path) -> None:
 
 
 def test_bad_folders_are_named(base: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds no config\.json"):
+    with pytest.raises(SourceError, match=r"has neither config\.json nor"):
         Chat(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/where"}))
-    with pytest.raises(AdapterError, match=r"is not on this machine; it names some/where"):
-        Chat(tmp_path)
+    run = tmp_path / "run"
+    moved = shutil.copytree(adapter, run / "adapter")
+    with pytest.raises(SourceError, match=r"use .*/run/adapter"):
+        Chat(run)
+    (moved / "adapter_config.json").write_text(
+        (adapter / "adapter_config.json").read_text().replace(str(base), str(tmp_path / "gone/away"))
+    )
+    with pytest.raises(SourceError, match=r"there is no folder '.*gone/away'"):
+        Chat(moved)
+    assert Chat(moved, base=base).tokenizer.eos_token_id == 3
     bare = tiny.write_base(tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="has no chat template"):

@@ -72,7 +72,8 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ({"learning_rate": 1}, "learning_rate: unknown key", "training.learning_rate?"),
         ({"training": {"lr": 1}}, "training.lr: unknown key", "training.learning_rate?"),
         ({"num_train_epochs": 1}, "num_train_epochs: unknown key", "training.epochs?"),
-        ({"lora": {"rnk": 4}}, "lora.rnk: unknown key", "lora knows: r, alpha, dropout"),
+        ({"lora": {"rnk": 4}}, "lora.rnk: unknown key", "lora.r?"),
+        ({"lora": {"depth": 4}}, "lora.depth: unknown key", "lora knows: r, alpha, dropout"),
         ({"lora": {"lora_alpha": 4}}, "lora.lora_alpha: unknown key", "lora.alpha?"),
         ({"data": {"train": "x", "fromat": "text"}}, "data.fromat: unknown key", "data.format?"),
         ({"zzz": 1}, "zzz: unknown key", "the top level knows: schema_version, seed, model"),
@@ -109,6 +110,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         "data",
         "output",
     }
+    assert "  model.nmae: unknown key (did you mean model.name?)" in lines
 
 
 @pytest.mark.parametrize(

@@ -105,4 +105,6 @@ def test_train_refuses_a_folder_that_holds_something_else(make_config: MakeConfi
     (tmp_path / "file").write_text("")
     with pytest.raises(RunConflictError, match="file is a file"):
         RunFolder(tmp_path / "file").create()
+    with pytest.raises(RunConflictError, match="cannot be made: Not a directory"):
+        RunFolder(tmp_path / "file/below").create()
     assert (tmp_path / "run/thesis.tex").read_text() == "years"

@@ -13,9 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pronghorn.errors import ConfigError, SourceError
+from pronghorn.errors import ConfigError, DataError, OutOfMemoryError, RunConflictError, SourceError
 from pronghorn.training.metrics import MetricsLog, read_metrics, row_from_logs
 from pronghorn.training.run import train
+from pronghorn.training.trainer import RunTrainer
 from tests import tiny
 from tests.training.conftest import MakeConfig
 
@@ -140,11 +141,35 @@ def test_a_template_of_the_run_is_saved_with_the_adapter(make_config: MakeConfig
     assert json.loads((result.folder / "manifest.json").read_text())["data"]["template_hash"]
 
 
-def test_a_missing_base_leaves_nothing_in_the_way(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_mistake_is_corrected_in_the_same_folder(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was sealed yet, so another configuration takes nothing away: not "holds another run"."""
     with pytest.raises(SourceError, match="nowhere"):
         train(make_config(model={"name": str(tmp_path / "nowhere")}))
-    with pytest.raises(SourceError, match="nowhere"):  # not: "holds something else", not: "is in use"
-        train(make_config(model={"name": str(tmp_path / "nowhere")}))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 3}\n')
+    with pytest.raises(DataError, match="bad"):
+        train(make_config(data={"train": str(tmp_path / "bad.jsonl")}))
+    few = {"max_steps": 1}
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match="step 1"):
+        patch.setattr(RunTrainer, "training_step", out_of_memory)
+        train(make_config(training={**few, "batch_size": 4}))
+    result = train(make_config(training=few))
+    assert result.steps == 1
+    assert yaml.safe_load((result.folder / "run.yaml").read_text())["training"]["batch_size"] == 3
+    assert json.loads((result.folder / "manifest.json").read_text())["data"]["train_rows"] == 19
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError
+
+
+def test_a_run_yaml_of_the_user_is_never_replaced(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.yaml").write_text("model: mine  # a comment\n")
+    with pytest.raises(RunConflictError, match=r"run\.yaml was not written by a run"):
+        train(make_config())
+    assert (tmp_path / "run/run.yaml").read_text() == "model: mine  # a comment\n"
 
 
 def test_plain_lines_when_stdout_is_no_terminal(

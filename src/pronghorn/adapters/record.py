@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,10 +23,10 @@ def write_record(folder: Path, record: AdapterRecord) -> Path:
     return path
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what an adapter means."""
+def library_versions(names: Iterable[str] = _LIBRARIES) -> dict[str, str]:
+    """Versions of the libraries that are installed; by default of those that decide what an adapter means."""
     found = {}
-    for name in _LIBRARIES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from pronghorn.serving.chat import Chat
+
 
 def chat(
-    folder: Annotated[Path, typer.Argument(help="A model folder, or an adapter folder (its base is found).")],
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A model or an adapter (its base is found): folder or hub id."),
+    ],
     prompt: Annotated[
         str | None, typer.Option(help="Ask this once; without it, an interactive chat.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Apply this adapter to the model in FOLDER.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base of an adapter; by default the one recorded with it.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer after so many tokens.")] = 256,
 ) -> None:
-    """Answer through the folder's own chat template, with plain transformers, as text streams out."""
+    """Ask a model or an adapter through its own chat template; the answer appears as it is written."""
     from pronghorn.serving.chat import Chat
 
-    session = Chat(folder, adapter=adapter, system=system, max_new_tokens=max_new_tokens)
+    session = Chat(folder, base=base, system=system, max_new_tokens=max_new_tokens)
     if prompt is not None:
         _answer(session, prompt)
         return
@@ -29,10 +36,7 @@ def chat(
         _answer(session, question)
 
 
-def _answer(session: object, question: str) -> None:
-    from pronghorn.serving.chat import Chat
-
-    assert isinstance(session, Chat)
+def _answer(session: Chat, question: str) -> None:
     for piece in session.ask(question):
         typer.echo(piece, nl=False)
     typer.echo()

@@ -13,12 +13,17 @@ if TYPE_CHECKING:
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="The trained adapter's folder.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="The trained adapter, or its run: a folder or a hub id.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     format_: Annotated[str, typer.Option("--format", help="What to write.")] = "merged_16bit",
     base: Annotated[
         str | None, typer.Option(help="The base; by default the one recorded with the adapter.")
     ] = None,
+    onto: Annotated[
+        str, typer.Option(help="Of a base in 4-bit: the decoded values trained on, or the original ones.")
+    ] = "decoded",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     adapter_name: Annotated[
         str | None, typer.Option(help="Which adapter, where the folder holds several.")
@@ -26,18 +31,21 @@ def export(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
 ) -> None:
     """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
-    from pronghorn.cli.tables import print_table
+    from pronghorn.cli.tables import byte_bar, print_table
+    from pronghorn.export.onto import MergeFormat
     from pronghorn.export.run import export as run
 
-    report = run(
-        adapter,
-        target,
-        format=format_,
-        base=base,
-        overwrite=overwrite,
-        adapter_name=adapter_name,
-        verify=not no_verify,
-    )
+    with byte_bar("writing", "finishing" if no_verify else "verifying in a fresh process") as progress:
+        report = run(
+            adapter,
+            target,
+            format=MergeFormat(format_, onto),  # type: ignore[arg-type]  # it checks itself
+            base=base,
+            overwrite=overwrite,
+            adapter_name=adapter_name,
+            verify=not no_verify,
+            progress=progress,
+        )
     print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
     if report.checks:
         print_table(
@@ -48,7 +56,10 @@ def export(
 def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:
     yield "base", report.base
     yield "tensors merged / copied", f"{report.tensors_merged} / {report.tensors_copied}"
-    yield "written", f"{report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s"
+    yield "written", f"{report.bytes_written / 1e6:,.1f} MB"
+    yield "time", f"{report.seconds:.1f} s" + (", verification included" if report.checks else "")
+    if report.onto is not None:
+        yield "onto", report.onto
     if report.changed_share is not None:
         yield "elements changed", f"{report.changed_share:.2%} of the merged tensors"
     yield from (("changed", change) for change in report.changes)

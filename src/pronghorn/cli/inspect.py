@@ -69,7 +69,7 @@ def _tokenizer(config: Any) -> tuple[Any, int]:
     source = resolve(wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
     base, recorded = source, None
     if source.kind is SourceKind.ADAPTER:
-        base = resolve_base(source, trust_remote_code=wanted.trust_remote_code)
+        base = resolve_base(source, base=wanted.base, trust_remote_code=wanted.trust_remote_code)
         record = read_record(source.path)
         recorded = record.max_seq_length if record else None
     folder = source.path if has_tokenizer(source.path) else base.path

@@ -1,10 +1,12 @@
-"""How reports look on a terminal: one kind of table for every verb."""
+"""How reports and progress look on a terminal: one kind of table and of bar for every verb."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +21,23 @@ def print_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[objec
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     Console(soft_wrap=False).print(table)
+
+
+@contextmanager
+def byte_bar(label: str, afterwards: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar moved by calling it with (bytes done, bytes in all); from the last byte on it says ``afterwards``.
+
+    Drawn on a terminal only, and gone at the end.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+
+        def move(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=label if done < total else afterwards)
+
+        yield move
 
 
 def _cell(value: object) -> Text:

@@ -7,6 +7,7 @@ keep it from looping for ever or from filling the memory.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -161,6 +162,7 @@ def _serve() -> None:
     tokenizer.chat_template = job["template"]
     template = ChatTemplate(tokenizer, "", job["origin"], own=True, options=job["options"])
     _limit_memory()
+    gc.freeze()  # what was imported stays
     answers.write(b"ready\n")
     answers.flush()
     for line in lines:

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from pronghorn.data.options import DataOptions
 from pronghorn.data.rows import Source
 from pronghorn.data.templates import ChatTemplate
 
-LAYOUT = 1  # raise when the same inputs give other rows than before
+LAYOUT = 2  # raise when the same inputs give other rows than before
 _IDS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("input_ids", _IDS), ("labels", _IDS)])
 
@@ -68,6 +69,7 @@ def cache_key(
     """Names the result: equal keys mean equal rows."""
     parts = [
         LAYOUT,
+        [version(name) for name in ("transformers", "tokenizers", "jinja2")],
         data_hash,
         options.model_dump(mode="json", exclude={"cache", "isolate", "skip_bad", "allow"}),
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

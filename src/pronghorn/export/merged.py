@@ -72,7 +72,7 @@ def write_shards(
         OSError: the disk is full or fails.
     """
     writer = _Writer(FactorCache(adapter), MergeCounts())
-    total, done = sum(shard.size for shard in shards), 0
+    total, done = sum(shard.size for shard in shards), sum(len(shard.prefix) for shard in shards)
     threads = torch.get_num_threads()
     workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
     syncer = ThreadPoolExecutor(1)
@@ -203,6 +203,8 @@ class _Merge:
         """The base's rows; fewer (or none) where the vocabulary was resized beyond them."""
         shard, entry = self.tensor.base
         flat = _flat(entry)
+        if self.change.quantised is not None:
+            return self.change.quantised.rows(first, last)
         return read_rows(shard, flat, min(first, flat.shape[0]), min(last, flat.shape[0]))
 
     def _tile(self, before: torch.Tensor, first: int, last: int, columns: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pronghorn.export.merged import MergeCounts
@@ -17,7 +17,8 @@ class ExportReport:
     """The result of ``export``.
 
     ``changed_share`` is the share of elements that differ from the base's, of all elements in merged tensors
-    (None for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``left_out`` the
+    (None for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``onto`` says
+    onto what a base in 4-bit was merged; ``left_out`` the
     base's files that were not copied. ``verified`` is None where no check was asked for; otherwise ``checks``
     are its rows.
     """
@@ -34,8 +35,18 @@ class ExportReport:
     changes: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: float
+    onto: str | None = None
     verified: bool | None = None
-    checks: tuple[tuple[str, str], ...] = ()
+    checks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        """One line, and one for each warning."""
+        done = f"{self.format} on {self.base} written to {self.folder}"
+        share = "" if self.changed_share is None else f", {self.changed_share:.1%} of their elements changed"
+        merged = f"{self.tensors_merged} tensors merged{share}, {self.tensors_copied} copied"
+        checked = f"verified ({len(self.checks)} checks)" if self.verified else "not verified"
+        lines = [f"{done}: {merged}; {checked}", *(f"warning: {warning}" for warning in self.warnings)]
+        return "\n".join(lines)
 
 
 def changed_share(counts: MergeCounts) -> float:

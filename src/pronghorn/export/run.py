@@ -16,14 +16,14 @@ from pronghorn.errors import AdapterError, ExportError, NotSupportedError, Prong
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
+from pronghorn.export.onto import MergeFormat, Onto, base_weights
 from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
 from pronghorn.export.verify import verify as check
-from pronghorn.export.vocabulary import TOKENIZER_FILES, FolderEdits, merged_files
+from pronghorn.export.vocabulary import TOKENIZER_FILES, FolderEdits, merged_files, remove_quantization
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve, resolve_base
 from pronghorn.sources.source import Source, SourceKind
-from pronghorn.weights.folder import open_weights
 from pronghorn.weights.writer import StagedFolder
 
 
@@ -31,7 +31,7 @@ def export(
     adapter: str | Path,
     target: str | Path,
     *,
-    format: str = "merged_16bit",
+    format: str | MergeFormat = "merged_16bit",
     base: str | Path | None = None,
     overwrite: bool = False,
     adapter_name: str | None = None,
@@ -43,7 +43,8 @@ def export(
     Args:
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
-        format: "merged_16bit", the base with the adapter merged in; "lora", the adapter and its tokenizer.
+        format: "merged_16bit", the base with the adapter merged in; "lora", the adapter and its tokenizer. A
+            MergeFormat also says onto which values of a base in 4-bit.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -56,9 +57,10 @@ def export(
         ExportError: an adapter tensor has no place in the base, or the disk refuses; nothing appears.
         VerificationError: the result broke a promise; nothing appears.
     """
-    if format not in _FORMATS:
+    wanted = format if isinstance(format, MergeFormat) else MergeFormat(format)
+    if wanted.name not in _FORMATS:
         raise NotSupportedError(
-            f"the format {format!r} is not known", fix=f"choose one of {', '.join(_FORMATS)}"
+            f"the format {wanted.name!r} is not known", fix=f"choose one of {', '.join(_FORMATS)}"
         )
     started = time.perf_counter()
     source = _find_adapter(adapter, adapter_name)
@@ -66,9 +68,9 @@ def export(
     found = resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
-    job = _Job(source, found, goal, overwrite, verify, progress)
+    job = _Job(source, found, goal, overwrite, verify, progress, wanted.onto)
     with _disk_errors(goal):
-        report = _FORMATS[format](job)
+        report = _FORMATS[wanted.name](job)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -80,6 +82,7 @@ class _Job:
     overwrite: bool
     verify: bool
     progress: Progress | None
+    onto: Onto = "decoded"
 
     @property
     def tokenizer(self) -> Path:
@@ -128,14 +131,16 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def _merged(job: _Job) -> ExportReport:
-    weights = open_weights(job.base.path)
     adapter = read_adapter(job.adapter.path)
-    plan = plan_merge(weights, job.base.config, adapter)
+    base = base_weights(job.base, adapter.record, job.onto)
+    weights = base.weights
+    plan = plan_merge(weights, job.base.config, adapter, base.quantised)
     zero = _check_values(plan)
     shards = lay_out(plan)
     edits = merged_files(
         job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
     )
+    remove_quantization(edits, job.base.path)
     copied, left = small_files(job.base.path)
     copied = [name for name in copied if str(name) not in edits.files]
     updated = {name for name, change in plan.changes.items() if change.update and not change.tokens}
@@ -160,6 +165,7 @@ def _merged(job: _Job) -> ExportReport:
         changed_share=changed_share(counts),
         warnings=merge_warnings(counts, updated, zero),
         changes=tuple(edits.listed),
+        onto=base.note,
         left_out=left_out(weights, left),
         seconds=0.0,
         verified=True if job.verify else None,
@@ -196,7 +202,7 @@ def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path
     index = plan.weights.index
     if index is None:
         return
-    if plan.untied is None and plan.vocabulary is None:
+    if plan.same_layout:
         (staging / index.name).write_bytes(index.read_bytes())
         return
     document = json.loads(index.read_text(encoding="utf-8"))
@@ -243,7 +249,7 @@ def _lora(job: _Job) -> ExportReport:
 
 def _verified(job: _Job, staging: Path, *, against: Path | None) -> tuple[tuple[str, str], ...]:
     """Check the staged folder, the deep part in a fresh process; a broken promise keeps it from appearing."""
-    report = check(staging, deep=against is not None, against=against, base=job.base.path)
+    report = check(staging, deep=against is not None, against=against, base=job.base.path, onto=job.onto)
     failure = report.first_failure
     if failure is None:
         return tuple((row.name, row.detail) for row in report.rows)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pronghorn.errors import PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
-from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row, without_quantization
 from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
 from pronghorn.export.verify_weights import (
     config_sane,
@@ -116,6 +116,7 @@ def verify(
     deep: bool = False,
     against: str | Path | None = None,
     base: str | Path | None = None,
+    onto: str = "decoded",
 ) -> VerifyReport:
     """Check a model or adapter folder, made by pronghorn or by any other tool.
 
@@ -125,21 +126,25 @@ def verify(
         against: The adapter folder that it was merged from. With ``deep``, logits and greedy answers must be
             those of base + adapter, computed by plain PEFT in float32.
         base: The base folder. By default the one recorded beside the adapter.
+        onto: "original": of a base that was in 4-bit at training, the 16-bit values were merged onto.
 
     Raises:
-        SourceError: ``folder``, ``against`` or ``base`` is not a folder.
+        SourceError: ``folder``, ``against`` or ``base`` is not a folder, or ``folder`` holds no model.
     """
     path = _existing(folder, "folder")
-    adapter = _adapter_folder(_existing(against, "adapter")) if against is not None else None
-    base_path = _existing(base, "base") if base is not None else _recorded_base(adapter or path)
+    _require_content(path)
+    adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
+    base_path = _existing(base, "base folder") if base is not None else _recorded_base(adapter or path)
     if deep:
-        return _in_fresh_process(path, adapter, base_path)
+        return _in_fresh_process(path, adapter, base_path, onto)
     return check_files(path, base_path)
 
 
 def check_files(folder: Path, base: Path | None) -> VerifyReport:
     """The shallow part: headers and JSON files only."""
     view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
+    if view.base is not None and view.base.config != without_quantization(view.base.config):
+        view = Folder(folder)  # a base in 4-bit has other tensors; the deep check decodes it
     if view.is_adapter:
         promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
     else:
@@ -167,10 +172,20 @@ def _asked_class(folder: Path, row: Row) -> Row:
 def _existing(folder: str | Path, what: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise SourceError(
-            f"{what} {str(folder)!r} is not a folder", fix="give the path of an existing folder"
-        )
+        raise SourceError(f"there is no {what} {str(folder)!r}", fix="check the path for typing errors")
     return path.resolve()
+
+
+def _require_content(path: Path) -> None:
+    """A folder with nothing to check is a mistyped path, not a list of broken promises."""
+    marks = ("config.json", ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin")
+    if any(next(path.glob(mark), None) for mark in marks):
+        return
+    inner = sorted(str(config.parent) for config in path.glob(f"*/{ADAPTER_CONFIG}"))
+    raise SourceError(
+        f"{path} holds neither a model nor an adapter",
+        fix=f"did you mean {' or '.join(inner)}?" if inner else "give the folder of a model or an adapter",
+    )
 
 
 def _adapter_folder(path: Path) -> Path:
@@ -202,10 +217,11 @@ def _recorded_base(folder: Path) -> Path | None:
     return None
 
 
-def _in_fresh_process(folder: Path, against: Path | None, base: Path | None) -> VerifyReport:
+def _in_fresh_process(folder: Path, against: Path | None, base: Path | None, onto: str) -> VerifyReport:
     command = [sys.executable, "-m", "pronghorn.export.verify", str(folder), "--deep", "--json"]
     command += ["--against", str(against)] if against else []
     command += ["--base", str(base)] if base else []
+    command += ["--onto", onto]
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
@@ -230,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deep", action="store_true", help="load it and compare what it computes")
     parser.add_argument("--against", help="the adapter folder it was merged from")
     parser.add_argument("--base", help="the base folder; by default the recorded one")
+    parser.add_argument("--onto", choices=("decoded", "original"), default="decoded", help="of a 4-bit base")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--allow-unverified", action="store_true", help="0 although something was not checked"
@@ -255,9 +272,11 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         return VerifyReport(report.folder, report.kind, (*report.rows, skipped))
     from pronghorn.export.verify_deep import compute_promises
 
-    adapter = _adapter_folder(_existing(options.against, "adapter")) if options.against else None
-    base = _existing(options.base, "base") if options.base else _recorded_base(adapter or report.folder)
-    rows = compute_promises(report.folder, adapter, base)
+    adapter = _adapter_folder(_existing(options.against, "adapter folder")) if options.against else None
+    base = (
+        _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
+    )
+    rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded")
     return VerifyReport(report.folder, report.kind, report.rows + rows)
 
 

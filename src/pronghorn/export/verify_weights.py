@@ -50,7 +50,7 @@ def shards_complete(folder: Folder) -> Finding:
             total += sum(tensor.end - tensor.start for tensor in read_header(folder.path / file).values())
         except (OSError, UnreadableError) as error:
             problems.append(str(error))
-    return verdict(problems, f"{len(folder.weight_files)} file(s), {total / 1e6:,.1f} MB of tensors")
+    return verdict(problems, f"{total / 1e6:,.1f} MB of tensors; files: {len(folder.weight_files)}")
 
 
 @promise("index lists exactly the tensors present")

@@ -52,7 +52,7 @@ def load_base(
     before = memory()
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = _config(source, common)
-    blank = None
+    blank: Any = None
     if not plan.stored:  # 4-bit tensors cannot be put together on the meta device
         with _quiet():
             blank, info = _build(
@@ -154,12 +154,22 @@ def _listed(names: list[str]) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No report and no progress bar for the dry run; what it finds becomes the error."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        with no_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off inside the block, then as they were."""
+    shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
+        if shown:
             transformers_logging.enable_progress_bar()

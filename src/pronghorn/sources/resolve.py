@@ -85,12 +85,12 @@ def resolve_base(
     except SourceError as error:
         raise SourceError(
             f"the base of the adapter {adapter.name} cannot be used: {error.message}",
-            fix=f"{error.fix}; base=PATH names another place of the same base",
+            fix=f"{error.fix}; base= (--base; model.base in run.yaml) names another place of it",
         ) from error
     if found.kind is not SourceKind.BASE:
         raise AdapterError(
             f"{wanted}, named as the base of the adapter {adapter.name}, is itself an adapter",
-            fix="pass base= with the folder of the model it was trained on",
+            fix="pass base= (--base; model.base in run.yaml) with the folder of the model it was trained on",
         )
     if record is not None and record.base_fingerprint:
         actual = fingerprint(open_weights(found.path))
@@ -99,7 +99,7 @@ def resolve_base(
                 f"{found.path} is not the base the adapter {adapter.name} was trained on: the weights' "
                 f"fingerprint is {actual[:16]}..., recorded is {record.base_fingerprint[:16]}... "
                 f"({record.base_name})",
-                fix="pass base= with the folder (or hub id) of the very base it was trained on",
+                fix="pass base= (--base; model.base in run.yaml) with the folder (or hub id) of the very base it was trained on",
             )
     return found
 
@@ -111,7 +111,7 @@ def _recorded(adapter: Source, record: AdapterRecord) -> tuple[str | Path, str |
         return record.base_name, record.base_revision
     raise AdapterError(
         f"the base of the adapter {adapter.name} is not here: {record.base_path or record.base_name!r}",
-        fix="pass base= with the place of that model on this machine",
+        fix="pass base= (--base; model.base in run.yaml) with the place of that model on this machine",
     )
 
 
@@ -120,12 +120,12 @@ def _configured(adapter: Source) -> tuple[str, str | None]:
     if not isinstance(named, str) or not named:
         raise AdapterError(
             f"{adapter.path / ADAPTER_CONFIG} names no base (base_model_name_or_path)",
-            fix="pass base= with the model it was trained on",
+            fix="pass base= (--base; model.base in run.yaml) with the model it was trained on",
         )
     if ".." in Path(named).parts:
         raise AdapterError(
             f"{adapter.path / ADAPTER_CONFIG} names the base {named!r}, a path that climbs out of its folder",
-            fix="pass base= with the model it was trained on, if you trust the adapter",
+            fix="pass base= (--base; model.base in run.yaml) with the model it was trained on, if you trust the adapter",
         )
     revision = adapter.config.get("revision")
     local = Path(named).expanduser().is_dir()

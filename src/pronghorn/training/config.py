@@ -36,6 +36,9 @@ class ModelSection(Section):
         min_length=1, description="Local folder or hub id of the base model, or of an adapter to go on with."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    base: str | None = Field(
+        None, description="If name is an adapter: its base, where that is no longer at the recorded place."
+    )
     max_seq_length: int | None = Field(
         None,
         ge=2,

@@ -30,9 +30,12 @@ _OTHER_NAMES = MappingProxyType(
         "lora_alpha": "lora.alpha",
         "lora_dropout": "lora.dropout",
         "lora_r": "lora.r",
+        "lora_rank": "lora.r",
+        "lora_target": "lora.targets",
         "lr": "training.learning_rate",
         "lr_scheduler_type": "training.schedule",
         "max_length": "model.max_seq_length",
+        "micro_batch_size": "training.batch_size",
         "model_name": "model.name",
         "model_name_or_path": "model.name",
         "num_epochs": "training.epochs",
@@ -41,26 +44,29 @@ _OTHER_NAMES = MappingProxyType(
         "output_dir": "output.folder",
         "per_device_eval_batch_size": "eval.batch_size",
         "per_device_train_batch_size": "training.batch_size",
+        "rank": "lora.r",
         "save_steps": "checkpoints.every_steps",
         "save_total_limit": "checkpoints.keep",
         "sequence_len": "model.max_seq_length",
         "target_modules": "lora.targets",
+        "val_set_size": "data.eval_fraction",
+        "val_size": "data.eval_fraction",
         "warmup_steps": "training.warmup_ratio",
     }
 )
 
 
 def explain(error: ValidationError, model: type[BaseModel], origin: str) -> ConfigError:
-    """One error for all wrong keys of ``origin`` (a file name), each on its own line, with the ways out."""
+    """One error for all wrong keys of ``origin`` (a file name), each on its own line with its way out."""
     known = tuple(_known_keys(model))
-    lines: list[str] = []
-    fixes: list[str] = []
-    for item in error.errors(include_url=False):
-        line, fix = _describe(item, known)
-        lines.append(line)
-        fixes.append(fix)
-    listed = lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} errors", *lines])
-    return ConfigError(f"{origin}: {listed}", fix="; ".join(dict.fromkeys(fixes)))
+    found = [_describe(item, known) for item in error.errors(include_url=False)]
+    if len(found) == 1:
+        line, fix = found[0]
+        return ConfigError(f"{origin}: {line}", fix=fix)
+    lines = [f"{line} ({fix})" for line, fix in found]
+    return ConfigError(
+        "\n  ".join([f"{origin}: {len(lines)} errors", *lines]), fix="correct each of them, as it says there"
+    )
 
 
 def _describe(item: Any, known: Sequence[str]) -> tuple[str, str]:

@@ -54,11 +54,17 @@ class RunFolder:
         """Make the folder, or accept an existing one that is empty or holds a run.
 
         Raises:
-            RunConflictError: it holds something else.
+            RunConflictError: it holds something else, or cannot be made.
         """
         if self.root.exists() and not self.root.is_dir():
             raise RunConflictError(f"output.folder {self.root} is a file", fix="choose another output.folder")
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunConflictError(
+                f"output.folder {self.root} cannot be made: {error.strerror or error}",
+                fix="choose an output.folder where you may write",
+            ) from error
         foreign = sorted(
             path.name for path in self.root.iterdir() if path.name not in (LOCK_NAME, self.scratch.name)
         )

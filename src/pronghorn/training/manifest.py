@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pronghorn.adapters.record import library_versions
 from pronghorn.errors import RunConflictError
 from pronghorn.training.config import RunConfig
 
 _LIBRARIES = ("pronghorn", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
-# sections of run.yaml that change nothing in the result, so they may change between two legs of a run
-_FREE_KEYS = ("checkpoints.", "logging.", "output.folder", "data.cache")
+# keys of run.yaml that change nothing in the adapter, so they may change between two legs of a run
+_FREE_KEYS = (
+    "checkpoints.",
+    "logging.",
+    "output.folder",
+    "data.cache",
+    "eval.batch_size",
+    "training.recompute",
+)
 # content that may have changed although run.yaml says the same
 _CONTENT_KEYS = ("base.fingerprint", "data.data_hash", "data.template_hash", "trainable")
 
 
-def library_versions() -> dict[str, str]:
+def run_versions() -> dict[str, str]:
     """Versions of Python and of every library that decides the numbers."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **library_versions(_LIBRARIES)}
 
 
 def trainable_tensors(model: Any) -> list[dict[str, Any]]:
@@ -80,7 +81,7 @@ def changed_versions(path: Path) -> list[str]:
         old = json.loads(path.read_text(encoding="utf-8")).get("versions", {})
     except (FileNotFoundError, ValueError):
         return []
-    now = library_versions()
+    now = run_versions()
     return [f"{name} {old[name]} -> {now.get(name, 'gone')}" for name in old if old[name] != now.get(name)]
 
 

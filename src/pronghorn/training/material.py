@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging
 
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.origin import Origin, origin_of
@@ -17,10 +13,11 @@ from pronghorn.data.prepare import prepare
 from pronghorn.data.templates import choose_template
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
+from pronghorn.loading.strict import no_bars
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
-from pronghorn.training.manifest import library_versions, trainable_tensors
+from pronghorn.training.manifest import run_versions, trainable_tensors
 from pronghorn.training.progress import Narrator
 
 # of the data report, what a manifest keeps
@@ -69,8 +66,10 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
         dtype=wanted.dtype,
         quantization=wanted.quantization,
         trust_remote_code=wanted.trust_remote_code,
+        base=wanted.base,
     )
-    with _no_bars():
+    narrator.say(f"loading {source.name}")
+    with no_bars():
         model, tokenizer = load(source, options, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
@@ -102,22 +101,10 @@ def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:
             "lora": config.lora.seed if config.lora else None,
         },
         "device": str(model.device),
-        "versions": library_versions(),
+        "versions": run_versions(),
         "trainable_parameters": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
         "trainable": trainable,
     }
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off while a model loads, then as they were."""
-    shown = bool(logging.is_progress_bar_enabled())
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _origin(model: Any) -> Origin:

@@ -13,8 +13,15 @@ import torch
 import yaml
 from transformers import TrainerCallback, set_seed
 
-from pronghorn.errors import ConfigError, MissingDependencyError, NotSupportedError, Preempted, PronghornError
-from pronghorn.training.checkpoint import Checkpoint, newest_valid, rotate
+from pronghorn.errors import (
+    ConfigError,
+    MissingDependencyError,
+    NotSupportedError,
+    Preempted,
+    PronghornError,
+    RunConflictError,
+)
+from pronghorn.training.checkpoint import Checkpoint, list_checkpoints, newest_valid, rotate
 from pronghorn.training.config import RunConfig, load_config, parse_config, with_lora_defaults
 from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_failed
 from pronghorn.training.folder import RunFolder, write_json, write_whole
@@ -57,7 +64,7 @@ def train(
     Raises:
         ConfigError: a key or value is wrong.
         SourceError, AdapterError, DataError: the base, the adapter or the rows cannot be used.
-        RunConflictError: the folder holds another run, or another process works in it.
+        RunConflictError: the folder holds another run or other files, or another process works in it.
         NonFiniteLossError: the loss or a gradient became NaN or infinite; the last good checkpoint stays.
         OutOfMemoryError: names the setting to change.
         Preempted: a signal stopped the run, its state is sealed; calling again goes on.
@@ -83,7 +90,7 @@ def _as_config(config: RunConfig | str | Path | dict[str, Any]) -> RunConfig:
 
 
 def _settled(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The configuration with nothing left open, compared with what the folder says it holds."""
+    """The configuration with nothing left open, compared with that of the run which the folder holds."""
     _require_one_process()
     if not folder.config.exists():
         return with_lora_defaults(config)
@@ -93,10 +100,22 @@ def _settled(config: RunConfig, folder: RunFolder) -> RunConfig:
         raise ConfigError(
             f"{folder.config} is not valid YAML: {error}", fix="choose another output.folder"
         ) from None
-    if config.lora is None and isinstance(old, dict) and old.get("lora") is not None:
+    if not isinstance(old, dict) or "schema_version" not in old:  # every resolved one says it
+        raise RunConflictError(
+            f"{folder.config} was not written by a run, and would be replaced",
+            fix="move it out of output.folder, or choose another output.folder",
+        )
+    if not _holds_progress(folder):
+        return with_lora_defaults(config)
+    if config.lora is None and old.get("lora") is not None:
         config = with_lora_defaults(config, adapter=False)
     require_same_config(old, config, folder.root)
     return config
+
+
+def _holds_progress(folder: RunFolder) -> bool:
+    """Whether there is a sealed state or an adapter to lose; before that, another run.yaml may start over."""
+    return folder.adapter.is_dir() or bool(list_checkpoints(folder.checkpoints))
 
 
 def _require_one_process() -> None:
@@ -128,7 +147,8 @@ def _run(
         if is_out_of_memory(error):
             raise out_of_memory(config, 0, "loading") from error
         raise
-    require_same_content(folder.manifest, material.manifest)
+    if _holds_progress(folder):
+        require_same_content(folder.manifest, material.manifest)
     start = newest_valid(folder.checkpoints, narrator.say)
     if start is not None:
         rotate(folder.checkpoints, config.checkpoints.keep)  # the run may have been killed just before it
