@@ -89,7 +89,11 @@ def run(command: str, folder: Path, *, interrupt: bool = False) -> str:
             process.send_signal(signal.SIGINT)
         code = process.wait()
         output.seek(0)
-        text = re.sub(r".*\r.*\n?", "", output.read()).replace(f"{folder}/", "")  # without progress bars
+        text = re.sub(r".*\r.*\n?", "", output.read())  # without progress bars
+    own = f"{folder}/"
+    # in a table the cell keeps its width
+    text = re.sub(rf"{re.escape(own)}([^│\n]*)│", lambda cell: f"{cell[1]}{' ' * len(own)}│", text)
+    text = text.replace(own, "")
     note = "  # Ctrl+C after ten steps" if interrupt else ""
     return f"$ {command}{note}\n{text}" + (f"[exit code {code}]\n" if code else "")
 

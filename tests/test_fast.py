@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -300,15 +301,25 @@ def test_random_state_is_the_seed_of_the_adapter(base: Path) -> None:
     assert not torch.equal(first(1, None), first(2, None))
 
 
-def test_unsloth_recompute_is_named(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recompute_is_planned_with_the_acceleration(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = FastLanguageModel.from_pretrained(base, use_gradient_checkpointing="unsloth")
-    assert "stock recompute is used, nothing is offloaded" in capsys.readouterr().out
     assert recomputes(model)
+    wrapped = FastLanguageModel.get_peft_model(model)
+    shown = capsys.readouterr().out
+    assert recomputes(wrapped) and re.search(r"recompute +2 +2", shown) and re.search(r"mlp +2 +2", shown)
     plain, _ = FastLanguageModel.from_pretrained(base, use_gradient_checkpointing=False)
     assert not recomputes(plain)
-    assert recomputes(FastLanguageModel.get_peft_model(plain, use_gradient_checkpointing="unsloth"))
-    assert "stock recompute" in capsys.readouterr().out
-    assert not recomputes(FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=False))
+    assert not recomputes(FastLanguageModel.get_peft_model(plain))
+    assert "recompute" not in capsys.readouterr().out
+
+
+def test_acceleration_can_be_left_out(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = FastLanguageModel.from_pretrained(base)
+    wrapped = FastLanguageModel.get_peft_model(model, accelerate=False)
+    assert recomputes(wrapped) and "whole model" not in capsys.readouterr().out
+    again, _ = FastLanguageModel.from_pretrained(base)
+    with pytest.raises(ConfigError, match="needs accelerate=True"):
+        FastLanguageModel.get_peft_model(again, accelerate=False, use_gradient_checkpointing="auto")
 
 
 def test_modes_switch_back_and_forth(base: Path) -> None:

@@ -17,6 +17,7 @@ PUBLIC_NAMES = [
     "LoraOptions",
     "PronghornError",
     "RunConfig",
+    "accelerate",
     "attach_lora",
     "export",
     "get_chat_template",

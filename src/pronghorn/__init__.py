@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pronghorn.fast import FastLanguageModel as FastLanguageModel
     from pronghorn.loading.load import load as load
     from pronghorn.loading.options import LoadOptions as LoadOptions
+    from pronghorn.patching.accelerate import accelerate as accelerate
     from pronghorn.training.config import RunConfig as RunConfig
     from pronghorn.training.run import train as train
 
@@ -36,6 +37,7 @@ _HOMES = {
     "LoraOptions": "pronghorn.adapters.options",
     "PronghornError": "pronghorn.errors",
     "RunConfig": "pronghorn.training.config",
+    "accelerate": "pronghorn.patching.accelerate",
     "attach_lora": "pronghorn.adapters.attach",
     "export": "pronghorn.export.run",
     "get_chat_template": "pronghorn.data.notebook",
@@ -55,6 +57,7 @@ __all__ = [
     "LoraOptions",
     "PronghornError",
     "RunConfig",
+    "accelerate",
     "attach_lora",
     "export",
     "get_chat_template",

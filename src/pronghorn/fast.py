@@ -23,10 +23,12 @@ from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.memory import recompute
+from pronghorn.patching.accelerate import RECOMPUTE_MODES
+from pronghorn.patching.accelerate import accelerate as accelerate_model
 
 DEFAULT_SEED = 3407
-SAVE_METHODS = ("merged_16bit", "lora")
-Recompute = bool | Literal["unsloth"]
+SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
+Recompute = bool | Literal["unsloth", "auto"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class FastLanguageModel:
         random_state: int = DEFAULT_SEED,
         text_only: bool = True,
         base: str | Path | None = None,
+        accelerate: bool = True,
         **other: Any,
     ) -> tuple[Any, Any]:
         """Load a base, or an adapter with its base, from a folder or the hub; returns ``(model, tokenizer)``.
@@ -126,11 +129,13 @@ class FastLanguageModel:
             token: access token of the hub.
             device_map: None for the accelerator (or CPU), else as in transformers.
             trust_remote_code: run Python code that comes with the model.
-            use_gradient_checkpointing: True for recompute, False for none; "unsloth" is stock recompute.
+            use_gradient_checkpointing: True for recompute, False for none, "unsloth" for recompute with layer
+                inputs in host memory, "auto" for as much of it as the free memory asks for.
             revision: branch, tag or commit of a hub model.
             random_state: seed of an adapter attached later.
             text_only: only text models can be loaded.
             base: for an adapter, where its base is now.
+            accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
             **other: other names of this kind are refused with the reason.
 
         Raises:
@@ -155,11 +160,16 @@ class FastLanguageModel:
             revision=revision,
             token=token,
             trust_remote_code=trust_remote_code,
-            recompute=_recompute(use_gradient_checkpointing),
+            recompute=bool(_checked_recompute(use_gradient_checkpointing)),
             seed=random_state,
             base=base,
         )
         model, tokenizer = load(model_name, options)
+        origin = origin_of(model)
+        assert origin is not None, "load() keeps the origin on the model"
+        origin.recompute = use_gradient_checkpointing
+        if hasattr(model, "peft_config"):
+            _prepare(model, use_gradient_checkpointing, accelerate)
         _bind(model)
         return model, tokenizer
 
@@ -184,6 +194,7 @@ class FastLanguageModel:
         use_dora: bool = False,
         target_parameters: Iterable[str] | None = None,
         ensure_weight_tying: bool | None = None,
+        accelerate: bool = True,
         **other: Any,
     ) -> Any:
         """Attach a LoRA adapter and print what was attached; returns a PeftModel.
@@ -202,6 +213,7 @@ class FastLanguageModel:
             target_parameters: parameters such as stacked experts.
             ensure_weight_tying: for tied models whose embedding or head trains: True keeps them one,
                 False unties.
+            accelerate: replace the parts proven equal (``pronghorn.accelerate``) and print which.
             **other: other names of this kind are refused with the reason.
 
         Raises:
@@ -232,18 +244,28 @@ class FastLanguageModel:
             tied=None if ensure_weight_tying is None else ("keep" if ensure_weight_tying else "untie"),
             seed=seed,
         )
+        wanted: bool | str | None = use_gradient_checkpointing
+        if wanted is None:
+            wanted = origin.recompute if origin else recompute.is_on(model)
+        _checked_recompute(wanted)
         wrapped = attach_lora(model, options)
-        if use_gradient_checkpointing is not None:
-            _switch_recompute(wrapped, _recompute(use_gradient_checkpointing))
+        _prepare(wrapped, wanted, accelerate)
         _bind(wrapped)
         return wrapped
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: Recompute = True) -> Any:
-        """Training mode: dropout on, no key-value cache, recompute as asked. Returns the model."""
+        """Training mode: dropout on, no key-value cache, recompute as asked (True: as planned).
+
+        Returns the model.
+        """
         model.train()
         model.config.use_cache = False
-        _switch_recompute(model, _recompute(use_gradient_checkpointing))
+        _checked_recompute(use_gradient_checkpointing)
+        if isinstance(use_gradient_checkpointing, str):
+            _prepare(model, use_gradient_checkpointing, True)
+        else:
+            _switch_recompute(model, use_gradient_checkpointing)
         return model
 
     @staticmethod
@@ -283,13 +305,24 @@ def _precision(four: bool, eight: bool, sixteen: bool | None, dtype: Any) -> str
     return "nf4" if four else "none" if sixteen else None
 
 
-def _recompute(asked: Recompute) -> bool:
-    if asked == "unsloth":
-        print('use_gradient_checkpointing="unsloth": stock recompute is used, nothing is offloaded')
-        return True
-    if not isinstance(asked, bool):
-        raise ConfigError(f"use_gradient_checkpointing is {asked!r}", fix='use True, False or "unsloth"')
+def _checked_recompute(asked: Any) -> Any:
+    if asked not in RECOMPUTE_MODES:
+        raise ConfigError(
+            f"use_gradient_checkpointing is {asked!r}", fix='use True, False, "unsloth" or "auto"'
+        )
     return asked
+
+
+def _prepare(model: Any, asked: bool | str, accelerated: bool) -> None:
+    """Make a model with an adapter ready to train: its proven replacements, and recompute as asked."""
+    if isinstance(asked, str) and not accelerated:
+        raise ConfigError(
+            f"use_gradient_checkpointing={asked!r} needs accelerate=True",
+            fix="use True or False, or accelerate",
+        )
+    _switch_recompute(model, bool(asked) and not accelerated)  # what is saved is measured without it
+    if accelerated:
+        print(accelerate_model(model, recompute=RECOMPUTE_MODES[asked]))
 
 
 def _switch_recompute(model: Any, on: bool) -> None:

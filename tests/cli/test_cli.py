@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from pronghorn import __version__, errors
 from pronghorn.cli import main as cli
+from pronghorn.cli.tables import byte_bar
 from tests import tiny
 
 
@@ -112,9 +114,10 @@ def test_export_verifies_and_chat_answers(
 ) -> None:
     target = tmp_path / "merged"
     assert run("export", adapter, target, "--format", "merged_16bit", monkeypatch=monkeypatch) == 0
-    said = capsys.readouterr().out
-    assert "logits equal base + adapter" in said
-    assert "elements changed" in said
+    shown = capsys.readouterr()
+    assert shown.err == ""  # no bar without a terminal
+    assert "logits equal base + adapter" in shown.out
+    assert "elements changed" in shown.out
     assert run("export", adapter, target, monkeypatch=monkeypatch) != 0
     assert "overwrite" in capsys.readouterr().err
     assert run("export", adapter, target, "--overwrite", "--no-verify", monkeypatch=monkeypatch) == 0
@@ -129,6 +132,21 @@ def test_export_verifies_and_chat_answers(
         assert said.err == ""  # no bar, no warning of a library
     assert answers[0].strip()
     assert answers[0] == answers[1]
+
+
+def test_an_export_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with byte_bar("writing", "verifying") as move:
+        move(1000, 2000)
+        move(2000, 2000)
+    assert "writing" in terminal.getvalue() and "verifying" in terminal.getvalue()
+    assert "2.0/2.0 kB" in terminal.getvalue()
 
 
 def test_interactive_chat_ends_with_an_empty_line(base: Path) -> None:

@@ -16,7 +16,7 @@ from pronghorn.errors import ConfigError, ExportError
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.verify_quant import through_nf4
 from pronghorn.quant import nf4
-from pronghorn.quant.library import decode_weight
+from pronghorn.quant.library import decode_weight, linears_4bit
 from tests import four_bit
 
 IDS = torch.arange(5, 37).view(1, -1)
@@ -91,6 +91,36 @@ def test_several_files_and_an_index(tmp_path: Path) -> None:
     listed = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["weight_map"]
     assert listed.keys() == tensors(tmp_path / "merged").keys()
     assert len(set(listed.values())) > 1
+
+
+@pytest.mark.parametrize("method", ["merged_4bit", "merged_4bit_forced"])
+@pytest.mark.parametrize("kind", ["stored", "encoded", "full"])
+def test_merged_again_in_4_bit(tmp_path: Path, kind: str, method: str) -> None:
+    base = (four_bit.write_base if kind == "stored" else four_bit.write_full)(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    if kind == "full":
+        model = attach_lora(load(base)[0], LoraOptions(r=4))
+        four_bit.randomise(model, 0.05)
+        model.save_pretrained(adapter)
+    else:
+        trained(adapter, base)
+    report = export(adapter, tmp_path / "any-name", format=method)
+    assert report.verified is True
+    assert any("vllm-bnb-plugin" in line for line in report.warnings)
+    export(adapter, tmp_path / "merged", verify=False)
+    merged = tensors(tmp_path / "merged")
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "any-name", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info.values())
+    layers = dict(linears_4bit(theirs))
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(decode_weight(layer.weight), nf4.decode(nf4.encode(merged[f"{name}.weight"])))
+    assert torch.equal(theirs.lm_head.weight, merged["lm_head.weight"])
+    again, _ = load(tmp_path / "any-name", LoadOptions(quantization="nf4"))
+    assert torch.equal(again(input_ids=IDS).logits, theirs.eval()(input_ids=IDS).logits)
+    assert not list(tmp_path.glob(".any-name*"))
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:

@@ -167,6 +167,12 @@ def test_adapter_weights_outside_the_folder_are_refused(adapter_copy: Path, tmp_
         resolve(adapter_copy)
 
 
+def test_an_unfinished_run_names_its_checkpoint(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "run/checkpoints/step-100")
+    with pytest.raises(SourceError, match=r"no adapter yet\n.*run/checkpoints/step-100"):
+        resolve(tmp_path / "run")
+
+
 def test_several_adapters_need_a_choice(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "many" / "first")
     with pytest.raises(SourceError, match="there is an adapter in it"):

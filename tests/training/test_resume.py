@@ -82,15 +82,29 @@ def assert_equal_trees(left: Any, right: Any) -> None:
         assert left == right
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_stopped_at_any_step_and_resumed_equals_straight(make_config: MakeConfig, recompute: bool) -> None:
-    shape = {"recompute": recompute}
-    straight = train(make_config("straight", training=shape))
+# with dropout the replaced linears hand their calls to the originals, without it they do the work
+@pytest.mark.parametrize(
+    ("recompute", "dropout", "accelerate", "stops"),
+    [
+        (False, 0.1, True, (1, 4, 6, 8)),
+        (True, 0.1, False, (5,)),
+        (True, 0.0, True, (3,)),
+        ("auto", 0.0, True, (6,)),
+    ],
+)
+def test_stopped_at_any_step_and_resumed_equals_straight(
+    make_config: MakeConfig, recompute: bool | str, dropout: float, accelerate: bool, stops: tuple[int, ...]
+) -> None:
+    sections = {
+        "training": {"recompute": recompute, "accelerate": accelerate},
+        "lora": {"r": 4, "dropout": dropout},
+    }
+    straight = train(make_config("straight", **sections))
     assert (
         straight.steps == 8
     )  # 19 rows in batches of 3, 2 batches a step: 4 steps an epoch, the last one partial
-    for stop in (1, 4, 6, 8) if not recompute else (5,):
-        config = make_config(f"stopped-{stop}", training=shape)
+    for stop in stops:
+        config = make_config(f"stopped-{stop}", **sections)
         with pytest.raises(Preempted, match=f"SIGTERM after step {stop} of 8"):
             train(config, callbacks=[SignalAt(stop)])
         assert not (Path(config["output"]["folder"]) / "adapter").exists()

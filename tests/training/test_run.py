@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pronghorn.errors import ConfigError, DataError, OutOfMemoryError, RunConflictError, SourceError
+from pronghorn.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    OutOfMemoryError,
+    RunConflictError,
+    SourceError,
+)
 from pronghorn.training.metrics import MetricsLog, read_metrics, row_from_logs
 from pronghorn.training.run import train
 from pronghorn.training.trainer import RunTrainer
@@ -122,6 +130,20 @@ def test_going_on_from_an_adapter(make_config: MakeConfig) -> None:
     assert train(config).was_finished
 
 
+def test_going_on_from_an_adapter_whose_base_moved(
+    make_config: MakeConfig, base: Path, tmp_path: Path
+) -> None:
+    few = {"max_steps": 1}
+    first, moved = shutil.copytree(base, tmp_path / "first"), tmp_path / "moved"
+    adapter = train(make_config(model={"name": str(first)}, training=few)).adapter
+    first.rename(moved)
+    config = make_config("more", model={"name": str(adapter)}, training=few, lora=None)
+    with pytest.raises(AdapterError, match=r"is not here: .*\n.*model\.base in run\.yaml"):
+        train(config)
+    config["model"]["base"] = str(moved)
+    assert train(config).steps == 1
+
+
 def test_the_resolved_file_in_the_run_folder_is_the_same_run(make_config: MakeConfig) -> None:
     result = train(make_config())
     assert train(result.folder / "run.yaml").was_finished
@@ -199,3 +221,17 @@ def test_a_bar_on_a_terminal(make_config: MakeConfig, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TERM", "xterm")
     train(make_config(logging={"progress": "auto"}))
     assert "training" in terminal.getvalue() and "8/8" in terminal.getvalue() and "━" in terminal.getvalue()
+
+
+def test_the_accelerated_run_is_the_plain_run(make_config: MakeConfig) -> None:
+    lora = {"r": 4, "dropout": 0.0}
+    fast, plain = (
+        train(make_config(str(on), lora=lora, training={"accelerate": on})) for on in (True, False)
+    )
+    # two orders of summation in float32, carried through 8 steps
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-4)
+    kinds = json.loads((fast.folder / "manifest.json").read_text())["acceleration"]["kinds"]
+    assert all(
+        kinds[kind]["found"] == kinds[kind]["replaced"] for kind in ("norm", "mlp", "qkv", "o", "loss")
+    )
+    assert "acceleration" not in json.loads((plain.folder / "manifest.json").read_text())

@@ -86,7 +86,7 @@ def own_script(
 def test_our_model_in_a_users_own_script_trains_as_in_our_run(
     make_config: MakeConfig, tmp_path: Path, base: Path, kind: Any
 ) -> None:
-    ours = train(make_config("ours", lora=NO_DROPOUT, data={"eval": []}))
+    ours = train(make_config("ours", lora=NO_DROPOUT, data={"eval": []}, training={"accelerate": False}))
     model, tokenizer = load(base, say=None)
     model = attach_lora(model, LoraOptions(**NO_DROPOUT), say=None)
     rows = gather(parse_config(make_config("rows", data={"eval": []})), Narrator(quiet=True)).rows

@@ -18,9 +18,9 @@ class Origin:
     """The base files a model instance was loaded from, and how it was loaded.
 
     ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length;
-    ``rows`` the embedding rows at load; ``seed`` the default seed of a new adapter; ``samples`` a few values
-    of every weight at load; ``quantised`` the file tensors held in NF4, ``quantised_dtype`` what they decode
-    to; ``report`` the LoadReport.
+    ``rows`` the embedding rows at load; ``seed`` and ``recompute`` are for an adapter trained later;
+    ``samples`` a few values of every weight at load; ``quantised`` the file tensors held in NF4,
+    ``quantised_dtype`` what they decode to; ``report`` the LoadReport.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Origin:
     tokenizer_folder: Path | None = None
     tokenizer_limit: int | None = None
     seed: int = 3407
+    recompute: bool | str = False
     rows: int | None = None
     samples: dict[str, str] = field(default_factory=dict)
     quantised: tuple[str, ...] = ()

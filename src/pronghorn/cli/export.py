@@ -51,6 +51,28 @@ def export(
         print_table(
             "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
         )
+    if report.onto is not None:
+        _print_drift(report, onto)
+
+
+def _print_drift(report: ExportReport, onto: str) -> None:
+    """How far what was written is from the model that was trained."""
+    from pronghorn.cli.compare import COLUMNS, table_rows
+    from pronghorn.cli.tables import print_table
+    from pronghorn.errors import PronghornError
+    from pronghorn.serving.compare import compare, drift_candidates
+
+    try:
+        measured = compare(drift_candidates(report.adapter, report.base, report.folder, onto))
+    except PronghornError as error:
+        print(
+            f"drift from the trained model was not measured: {error.message}\n"
+            f"  fix: pronghorn compare {report.adapter} {report.folder} --rows FILE"
+        )
+        return
+    print_table(
+        f"drift from the trained model, on {measured[0].tokens} tokens", COLUMNS, table_rows(measured)
+    )
 
 
 def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:

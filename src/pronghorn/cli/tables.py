@@ -25,9 +25,9 @@ def print_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[objec
 
 @contextmanager
 def byte_bar(label: str, afterwards: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar moved by calling it with (bytes done, bytes in all); from the last byte on it says ``afterwards``.
+    """A bar that is moved by a call with (bytes done, bytes in all); at the end it says ``afterwards``.
 
-    Drawn on a terminal only, and gone at the end.
+    It is drawn on a terminal only, and goes with the block.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())

@@ -29,7 +29,9 @@ class DataOptions(BaseModel):
     eval_fraction: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="share of the training rows set aside for evaluation"
     )
-    seed: int = Field(default=0, description="chooses the rows set aside by eval_fraction")
+    seed: int = Field(
+        default=0, description="chooses the rows set aside by eval_fraction, and among equal rows in packing"
+    )
     format: Literal["auto"] | Format = Field(
         default="auto", description="layout of the rows; auto reads it from them"
     )
@@ -59,6 +61,14 @@ class DataOptions(BaseModel):
     )
     too_long: TooLong = Field(
         default="truncate", description="rows longer than the sequence limit: cut or drop them"
+    )
+    packing: bool = Field(
+        default=False,
+        description="train on bins of whole rows instead of padded rows; the loss of each token is the same. "
+        "A batch then counts bins: training.batch_size is bins in one forward pass",
+    )
+    pack_tokens: int | None = Field(
+        default=None, ge=2, description="tokens of one bin; empty = the sequence limit"
     )
     skip_bad: int = Field(default=0, ge=0, description="unusable rows to leave out before the run is refused")
     allow: tuple[str, ...] = Field(
@@ -94,4 +104,10 @@ class DataOptions(BaseModel):
     def _one_way_to_evaluate(self) -> DataOptions:
         if self.eval and self.eval_fraction:
             raise ValueError("give eval or eval_fraction, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_of_something(self) -> DataOptions:
+        if self.pack_tokens is not None and not self.packing:
+            raise ValueError("pack_tokens has no effect without packing: true")
         return self

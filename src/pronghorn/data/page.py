@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pronghorn.data.packing import Packing
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --train: #1a7f37; --train-bg: #2da44e2e; --warn: #9a6700;
   --stop: #cf222e; --mark: #8883; }
@@ -73,6 +75,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("bad rows", str(report["bad"])),
         ("data", report["data_hash"]),
     ]
+    if report["packing"]:
+        facts.append(("packed", str(Packing(**report["packing"]))))
     if report["template"]:
         facts.append(("chat template", f"{report['template']}, {report['template_hash']}"))
     if rewritten["count"]:

@@ -15,6 +15,7 @@ from pronghorn.data.checks import run_checks
 from pronghorn.data.isolated import IsolatedTemplate
 from pronghorn.data.layout import find_layout, find_template
 from pronghorn.data.options import DataOptions
+from pronghorn.data.packing import write_bins
 from pronghorn.data.report import DataReport
 from pronghorn.data.rows import Source, open_source
 from pronghorn.data.store import cache_key, cache_root, content_hash, keep, new_folder
@@ -27,11 +28,15 @@ from pronghorn.errors import DataError
 
 @dataclass(frozen=True)
 class Prepared:
-    """``datasets.Dataset`` with columns input_ids and labels (-100 where nothing trains)."""
+    """``datasets.Dataset`` with columns input_ids and labels (-100 where nothing trains).
+
+    ``bins`` is ``train`` packed, if that was asked for: one row per bin, and ``lengths`` of the rows in it.
+    """
 
     train: Any
     eval: Any | None
     report: DataReport
+    bins: Any | None = None
 
 
 def prepare(options: DataOptions, tokenizer: Any, max_length: int) -> Prepared:
@@ -63,6 +68,7 @@ def examine_sources(
 ) -> Prepared:
     """``examine`` for rows that are already open; ``options.train`` and ``options.eval`` only name them."""
     check_tokenizer(tokenizer)
+    budget = _budget(options, max_length)
     layout = find_layout([*train, *held], options)
     template = find_template(layout, [*train, *held], tokenizer, options)
     data_hash = content_hash([*train, *held])
@@ -105,11 +111,27 @@ def examine_sources(
             template_hash=template.hash if template else None,
         )
         (folder / "held_out.json").write_text(json.dumps(chosen))
+        if budget:
+            packing = write_bins(_rows(folder)[0], folder / "bins.arrow", budget, options.seed)
+            report = replace(report, packing=packing)
         (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return _load(keep(folder, target), cached=False)
+
+
+def _budget(options: DataOptions, max_length: int) -> int | None:
+    """Tokens of one bin, None without packing."""
+    if not options.packing:
+        return None
+    budget = options.pack_tokens or max_length
+    if budget < max_length:
+        raise DataError(
+            f"data.pack_tokens is {budget}, but a row may have {max_length} tokens, and rows are never split",
+            fix=f"set data.pack_tokens to {max_length} or more, or lower model.max_seq_length",
+        )
+    return budget
 
 
 def _held_out(hashes: array[int], fraction: float, seed: int) -> list[int]:
@@ -177,6 +199,15 @@ def _load(folder: Path, *, cached: bool) -> Prepared:
     from datasets import Dataset
 
     report = DataReport.from_dict(json.loads((folder / "report.json").read_text()))
+    train, held = _rows(folder)
+    bins = Dataset.from_file(str(folder / "bins.arrow")) if report.packing else None
+    return Prepared(train, held, replace(report, cached=cached), bins)
+
+
+def _rows(folder: Path) -> tuple[Any, Any | None]:
+    """The training rows of a folder, and those to evaluate on."""
+    from datasets import Dataset
+
     train = Dataset.from_file(str(folder / "train.arrow"))
     chosen = json.loads((folder / "held_out.json").read_text())
     held = None
@@ -186,4 +217,4 @@ def _load(folder: Path, *, cached: bool) -> Prepared:
         train = train.select([index for index in range(len(train)) if index not in aside])
     elif (folder / "eval.arrow").is_file():
         held = Dataset.from_file(str(folder / "eval.arrow"))
-    return Prepared(train, held, replace(report, cached=cached))
+    return train, held

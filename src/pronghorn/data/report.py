@@ -9,6 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from pronghorn.data.packing import Packing
 from pronghorn.data.rows import BadRow
 
 SHOWN = 20  # rows named one by one; the rest is a count
@@ -65,6 +66,7 @@ class DataReport:
     data_hash: str
     template: str | None
     template_hash: str | None
+    packing: Packing | None = None
     cached: bool = False
 
     @property
@@ -86,6 +88,7 @@ class DataReport:
         known = {name: values[name] for name in cls.__dataclass_fields__}
         for name in ("dropped", "truncated", "rewritten"):
             known[name] = _places(known[name])
+        known["packing"] = Packing(**known["packing"]) if known["packing"] else None
         known["sources"] = tuple(known["sources"])
         known["histogram"] = tuple((low, count) for low, count in known["histogram"])
         known["bad_rows"] = tuple(BadRow(**row) for row in known["bad_rows"])
@@ -112,6 +115,8 @@ class DataReport:
             ("tokens", f"{self.tokens}, of which {self.trained_tokens} train ({self.trained_share:.1%})"),
             ("longest row", f"{self.longest} tokens (limit {self.max_length})"),
         ]
+        if self.packing:
+            lines.append(("packed", str(self.packing)))
         if self.template:
             lines.append(("chat template", f"{self.template} ({(self.template_hash or '')[:12]})"))
         if self.bad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,22 @@ from pronghorn.export.files import check_apart, check_space, copy_into, left_out
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
 from pronghorn.export.onto import MergeFormat, Onto, base_weights
+from pronghorn.export.packed import NOTE, write_packed
 from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
 from pronghorn.export.verify import verify as check
-from pronghorn.export.vocabulary import TOKENIZER_FILES, FolderEdits, merged_files, remove_quantization
+from pronghorn.export.vocabulary import (
+    CONFIG,
+    TOKENIZER_FILES,
+    FolderEdits,
+    merged_files,
+    remove_quantization,
+)
+from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve, resolve_base
 from pronghorn.sources.source import Source, SourceKind
+from pronghorn.weights.folder import open_weights
 from pronghorn.weights.writer import StagedFolder
 
 
@@ -43,7 +53,8 @@ def export(
     Args:
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
-        format: "merged_16bit", the base with the adapter merged in; "lora", the adapter and its tokenizer. A
+        format: "merged_16bit", the base with the adapter merged in; "merged_4bit", the same
+            quantised to NF4; "lora", the adapter and its tokenizer. A
             MergeFormat also says onto which values of a base in 4-bit.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
@@ -83,6 +94,7 @@ class _Job:
     verify: bool
     progress: Progress | None
     onto: Onto = "decoded"
+    deep_alone: bool = False
 
     @property
     def tokenizer(self) -> Path:
@@ -173,6 +185,28 @@ def _merged(job: _Job) -> ExportReport:
     )
 
 
+def _packed(job: _Job) -> ExportReport:
+    """The merged model, verified in 16-bit and then written in NF4."""
+    goal = job.target
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
+        report = _merged(replace(job, target=Path(scratch) / "merged", overwrite=False))
+        stored = stored_4bit(job.base.config, open_weights(job.base.path))
+        with StagedFolder(goal, job.overwrite) as staging:
+            count = write_packed(report.folder, staging, stored or None)
+            rows = _verified(replace(job, deep_alone=True), staging, against=None) if job.verify else ()
+            written = sum(path.stat().st_size for path in staging.iterdir())
+    return replace(
+        report,
+        folder=goal,
+        format="merged_4bit",
+        bytes_written=written,
+        changes=(*report.changes, f"{CONFIG}: quantization_config of {count} tensors in NF4"),
+        warnings=(*report.warnings, NOTE),
+        checks=(*report.checks, *rows),
+    )
+
+
 def _check_values(plan: MergePlan) -> list[str]:
     """Read the adapter once: refuse what is not finite; return the file tensors whose update is zero."""
     adapter: AdapterFolder = plan.adapter
@@ -249,7 +283,8 @@ def _lora(job: _Job) -> ExportReport:
 
 def _verified(job: _Job, staging: Path, *, against: Path | None) -> tuple[tuple[str, str], ...]:
     """Check the staged folder, the deep part in a fresh process; a broken promise keeps it from appearing."""
-    report = check(staging, deep=against is not None, against=against, base=job.base.path, onto=job.onto)
+    deep = against is not None or job.deep_alone
+    report = check(staging, deep=deep, against=against, base=job.base.path, onto=job.onto)
     failure = report.first_failure
     if failure is None:
         return tuple((row.name, row.detail) for row in report.rows)
@@ -265,4 +300,9 @@ def _verified(job: _Job, staging: Path, *, against: Path | None) -> tuple[tuple[
     )
 
 
-_FORMATS: dict[str, Callable[[_Job], ExportReport]] = {"merged_16bit": _merged, "lora": _lora}
+_FORMATS: dict[str, Callable[[_Job], ExportReport]] = {
+    "merged_16bit": _merged,
+    "merged_4bit": _packed,
+    "merged_4bit_forced": _packed,
+    "lora": _lora,
+}

@@ -143,8 +143,10 @@ def verify(
 def check_files(folder: Path, base: Path | None) -> VerifyReport:
     """The shallow part: headers and JSON files only."""
     view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
-    if view.base is not None and view.base.config != without_quantization(view.base.config):
-        view = Folder(folder)  # a base in 4-bit has other tensors; the deep check decodes it
+    if view.base is not None and any(
+        one.config != without_quantization(one.config) for one in (view, view.base)
+    ):
+        view = Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
     if view.is_adapter:
         promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
     else:

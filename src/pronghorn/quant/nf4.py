@@ -23,6 +23,8 @@ STATE = ".quant_state.bitsandbytes__nf4"
 ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
 PARTS = (ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, STATE)
 
+# the JSON beside a weight is padded with spaces, so that a header can be written before weights are encoded
+_STATE_BYTES = 256
 # a tile of work: 4 MiB of float32
 _TILE_ELEMENTS = 2**20
 _LEVELS = (
@@ -90,7 +92,7 @@ class Packed:
                 "nested_dtype": "float32",
                 "nested_offset": scales.offset,
             }
-        text = json.dumps(state).encode()
+        text = json.dumps(state).encode().ljust(_STATE_BYTES)
         found[name + STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return found
 
@@ -160,6 +162,20 @@ def requantised(span: Span, elements: int, scales: Scales, begin: int, end: int)
     return decode_span(codes, scales, begin, end)
 
 
+def blank_tensors(name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The tensors that a weight of this shape is stored as, without values."""
+    elements = prod(shape)
+    blocks = -(-elements // BLOCK)
+    return {
+        name: torch.empty((elements + 1) // 2, 1, dtype=torch.uint8, device="meta"),
+        name + ABSMAX: torch.empty(blocks, dtype=torch.uint8, device="meta"),
+        name + CODE: torch.empty(16, device="meta"),
+        name + NESTED_ABSMAX: torch.empty(-(-blocks // NESTED_BLOCK), device="meta"),
+        name + NESTED_CODE: torch.empty(256, device="meta"),
+        name + STATE: torch.empty(_STATE_BYTES, dtype=torch.uint8, device="meta"),
+    }
+
+
 def parse_state(raw: bytes) -> Mapping[str, object]:
     """The JSON that bitsandbytes stores as bytes beside a packed weight.
 
@@ -170,13 +186,6 @@ def parse_state(raw: bytes) -> Mapping[str, object]:
     if not isinstance(parsed, dict):
         raise ValueError(f"a {type(parsed).__name__}, not an object")
     return parsed
-
-
-def packed_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a weight of this shape in NF4 with double quantisation, its tables and state left out."""
-    count = prod(shape)
-    blocks = -(-count // BLOCK)
-    return (count + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK)
 
 
 @lru_cache

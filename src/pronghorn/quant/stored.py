@@ -17,13 +17,14 @@ import torch
 from pronghorn.errors import SourceError
 from pronghorn.quant import nf4
 from pronghorn.weights.folder import WeightFolder
-from pronghorn.weights.reader import FLOAT_DTYPES, TORCH_DTYPES, read_rows, read_tensor
+from pronghorn.weights.reader import TORCH_DTYPES, read_rows, read_tensor
 from pronghorn.weights.shards import Shard, TensorEntry
 
 CONFIG_KEY = "quantization_config"
 _FIX = "download or copy the 4-bit model again, or use the 16-bit one"
 # block sizes that bitsandbytes has kernels for
 _BLOCKS = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
+_FLOATS = frozenset({"F16", "BF16", "F32"})
 _PART_DTYPES = {
     nf4.ABSMAX: ("U8", "F32"),
     nf4.CODE: ("F32",),
@@ -195,9 +196,7 @@ def _state(
     try:
         state = dict(nf4.parse_state(read_tensor(shard, replace(entry, dtype="U8")).numpy().tobytes()))
         names = {
-            str(dtype).removeprefix("torch."): name
-            for name, dtype in TORCH_DTYPES.items()
-            if name in FLOAT_DTYPES
+            str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items() if name in _FLOATS
         }
         state["dtype"] = names[str(state["dtype"])]
         shape: Any = state["shape"]

@@ -20,6 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # the largest config.json of a public model is about 0.2 MB
 MAX_CONFIG_BYTES = 8 * 2**20
+_SAY_BASE = "name with base= (--base, or model.base in run.yaml)"
 
 
 def resolve(
@@ -85,12 +86,12 @@ def resolve_base(
     except SourceError as error:
         raise SourceError(
             f"the base of the adapter {adapter.name} cannot be used: {error.message}",
-            fix=f"{error.fix}; base= (--base; model.base in run.yaml) names another place of it",
+            fix=f"{error.fix}; {_SAY_BASE} another place of it",
         ) from error
     if found.kind is not SourceKind.BASE:
         raise AdapterError(
             f"{wanted}, named as the base of the adapter {adapter.name}, is itself an adapter",
-            fix="pass base= (--base; model.base in run.yaml) with the folder of the model it was trained on",
+            fix=f"{_SAY_BASE} the folder of the model it was trained on",
         )
     if record is not None and record.base_fingerprint:
         actual = fingerprint(open_weights(found.path))
@@ -99,7 +100,7 @@ def resolve_base(
                 f"{found.path} is not the base the adapter {adapter.name} was trained on: the weights' "
                 f"fingerprint is {actual[:16]}..., recorded is {record.base_fingerprint[:16]}... "
                 f"({record.base_name})",
-                fix="pass base= (--base; model.base in run.yaml) with the folder (or hub id) of the very base it was trained on",
+                fix=f"{_SAY_BASE} the folder (or hub id) of the very base it was trained on",
             )
     return found
 
@@ -111,7 +112,7 @@ def _recorded(adapter: Source, record: AdapterRecord) -> tuple[str | Path, str |
         return record.base_name, record.base_revision
     raise AdapterError(
         f"the base of the adapter {adapter.name} is not here: {record.base_path or record.base_name!r}",
-        fix="pass base= (--base; model.base in run.yaml) with the place of that model on this machine",
+        fix=f"{_SAY_BASE} the place of that model on this machine",
     )
 
 
@@ -120,12 +121,12 @@ def _configured(adapter: Source) -> tuple[str, str | None]:
     if not isinstance(named, str) or not named:
         raise AdapterError(
             f"{adapter.path / ADAPTER_CONFIG} names no base (base_model_name_or_path)",
-            fix="pass base= (--base; model.base in run.yaml) with the model it was trained on",
+            fix=f"{_SAY_BASE} the model it was trained on",
         )
     if ".." in Path(named).parts:
         raise AdapterError(
             f"{adapter.path / ADAPTER_CONFIG} names the base {named!r}, a path that climbs out of its folder",
-            fix="pass base= (--base; model.base in run.yaml) with the model it was trained on, if you trust the adapter",
+            fix=f"{_SAY_BASE} the model it was trained on, if you trust the adapter",
         )
     revision = adapter.config.get("revision")
     local = Path(named).expanduser().is_dir()
@@ -190,6 +191,11 @@ def _no_config(folder: Path) -> SourceError:
     if inside:
         return SourceError(
             f"{folder} has no {BASE_CONFIG}; there is an adapter in it", fix=f"use {folder / inside[0]}"
+        )
+    if sealed := max(folder.glob(f"checkpoints/*/{ADAPTER_CONFIG}"), key=os.path.getmtime, default=None):
+        return SourceError(
+            f"{folder} is a run that has no adapter yet",
+            fix=f"train it to its end, or use its checkpoint {sealed.parent}",
         )
     return SourceError(
         f"{folder} has neither {BASE_CONFIG} nor {ADAPTER_CONFIG}",

@@ -1,4 +1,4 @@
-"""Rows of token ids and labels -> one padded batch."""
+"""Rows of token ids and labels -> one batch: padded rows, or bins of whole rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 IGNORED_LABEL = -100
+TOKENS = "tokens"  # of a packed batch: tokens in each bin; for counting, not for the model
+NOT_FOR_THE_MODEL = ("labels", TOKENS)
+
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,58 @@ class PadCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Collate rows with ``input_ids`` and ``labels`` of equal length."""
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
-        labels = torch.full((len(rows), width), IGNORED_LABEL, dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[index, :length] = torch.as_tensor(row["input_ids"])
-            labels[index, :length] = torch.as_tensor(row["labels"])
-            mask[index, :length] = 1
+        ids, labels, sizes = _padded(rows, self.pad_token_id)
         labels[:, 0] = IGNORED_LABEL
+        mask = (torch.arange(ids.shape[1]) < sizes[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class PackCollator:
+    """Bins side by side: [B, T] with ``position_ids`` that start again at 0 with every row of a bin.
+
+    There is no ``attention_mask``: from transformers 4.53 on, its absence makes the model read the rows'
+    borders from ``position_ids`` and keep attention within each. What is left of a bin that is shorter than
+    the longest is one more row of padding, on which nothing trains. The label of each row's first token is
+    ignored, as in ``PadCollator``. ``tokens`` [B] counts without padding.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Collate bins with ``input_ids``, ``labels``, and the ``lengths`` of the rows in them."""
+        ids, labels, sizes = _padded(rows, self.pad_token_id)
+        positions = torch.empty_like(ids)
+        for index, row in enumerate(rows):
+            spare = ids.shape[1] - int(sizes[index])
+            lengths = torch.as_tensor([*row["lengths"], spare])  # a row of no tokens has no position
+            starts = lengths.cumsum(0) - lengths
+            positions[index] = torch.arange(ids.shape[1]) - starts.repeat_interleave(lengths)
+            labels[index, starts[:-1]] = IGNORED_LABEL
+        return {"input_ids": ids, "position_ids": positions, "labels": labels, TOKENS: sizes}
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Bins are packed, rows are padded: a run trains on the one and evaluates on the other."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Collate rows of one kind."""
+        kind = PackCollator if "lengths" in rows[0] else PadCollator
+        return kind(self.pad_token_id)(rows)
+
+
+def _padded(rows: Sequence[dict[str, Any]], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and labels [B, T], padded on the right, and the lengths [B] without padding."""
+    sizes = torch.tensor([len(row["input_ids"]) for row in rows])
+    ids = torch.full((len(rows), int(sizes.max())), pad, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[index, :length] = torch.as_tensor(row["input_ids"])
+        labels[index, :length] = torch.as_tensor(row["labels"])
+    return ids, labels, sizes

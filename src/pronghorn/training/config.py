@@ -86,10 +86,22 @@ class TrainingSection(Section):
         "auto",
         description="Arithmetic of the forward pass: auto is bf16 autocast for a bfloat16 base, else fp32.",
     )
-    recompute: bool = Field(
+    accelerate: bool = Field(
         True,
-        description="Compute activations again in backward: far less memory, about 25 % more time.",
+        description="Replace the parts of the model that are proven equal on this very model by leaner ones.",
     )
+    recompute: bool | Literal["unsloth", "auto"] = Field(
+        True,
+        description="Compute activations again in backward: true for every layer (far less memory, about "
+        "25 % more time), false for none, unsloth for every layer with its input in host memory, auto for "
+        "as many layers as the free memory asks for.",
+    )
+
+    @model_validator(mode="after")
+    def _planned_recompute_needs_acceleration(self) -> TrainingSection:
+        if isinstance(self.recompute, str) and not self.accelerate:
+            raise ValueError(f"recompute: {self.recompute} needs accelerate: true")
+        return self
 
 
 class EvalSection(Section):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.training.collate import IGNORED_LABEL
+from pronghorn.training.collate import IGNORED_LABEL, NOT_FOR_THE_MODEL
 
 
 @dataclass
@@ -39,13 +39,13 @@ def add_batch(totals: TokenTotals, model: Any, base: Any, batch: dict[str, torch
         totals: The sums so far.
         model: What is called (it may be wrapped).
         base: The transformers model inside it, asked for what its forward accepts.
-        batch: ``input_ids``, ``attention_mask``, ``labels``, each [B, T], on the model's device.
+        batch: ``labels`` and what the model is given, each [B, T], on the model's device; padded or packed.
     """
     targets = batch["labels"][:, 1:]
     scored = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()  # [K]
     if scored.numel() == 0:
         return
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    inputs = {**{name: batch[name] for name in batch if name not in NOT_FOR_THE_MODEL}, "use_cache": False}
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         logits = model(**inputs, logits_to_keep=scored).logits  # [B, K, V]
     else:

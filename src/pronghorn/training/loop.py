@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from pronghorn.patching.trl_head import fuse_trl_head
 from pronghorn.training.callbacks import (
     FlowCallback,
     MetricsCallback,
@@ -63,6 +64,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
                 *callbacks,
             ],
         )
+        if config.training.accelerate:
+            narrator.say(f"fused loss: {fuse_trl_head(material.model)}")
 
     @property
     def step(self) -> int:

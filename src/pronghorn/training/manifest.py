@@ -23,7 +23,7 @@ _FREE_KEYS = (
     "training.recompute",
 )
 # content that may have changed although run.yaml says the same
-_CONTENT_KEYS = ("base.fingerprint", "data.data_hash", "data.template_hash", "trainable")
+_CONTENT_KEYS = ("base.fingerprint", "data.data_hash", "data.template_hash", "data.packing", "trainable")
 
 
 def run_versions() -> dict[str, str]:

@@ -14,9 +14,11 @@ from pronghorn.data.templates import choose_template
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import no_bars
+from pronghorn.patching.accelerate import RECOMPUTE_MODES, accelerate
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
+from pronghorn.training.isolation import require_isolation
 from pronghorn.training.manifest import run_versions, trainable_tensors
 from pronghorn.training.progress import Narrator
 
@@ -33,12 +35,13 @@ _DATA_FACTS = (
     "truncated",
     "tokens",
     "trained_tokens",
+    "packing",
 )
 
 
 @dataclass(frozen=True)
 class Material:
-    """A PeftModel, its tokenizer, and ``datasets`` with input_ids and labels."""
+    """A PeftModel, its tokenizer, and ``datasets`` with input_ids and labels; ``rows`` may be packed bins."""
 
     model: Any
     tokenizer: Any
@@ -77,9 +80,15 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     narrator.show(prepared.report)
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
-    return Material(
-        model, tokenizer, prepared.train, prepared.eval, _manifest(config, model, prepared.report)
-    )
+    manifest = _manifest(config, model, prepared.report)
+    if config.training.accelerate:
+        acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
+        narrator.say(str(acceleration))
+        manifest["acceleration"] = acceleration.as_dict()
+    if prepared.bins is None:
+        return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
+    narrator.say(f"packing: {require_isolation(model)}")
+    return Material(model, tokenizer, prepared.bins, prepared.eval, manifest)
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:

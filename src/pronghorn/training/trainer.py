@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pronghorn.errors import NonFiniteLossError
-from pronghorn.training.collate import PadCollator
+from pronghorn.training.collate import TOKENS, RowCollator
 from pronghorn.training.config import RunConfig
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
@@ -93,7 +93,7 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
         "fp16": False,
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
-        recompute: training.recompute,
+        recompute: bool(training.recompute),
         f"{recompute}_kwargs": {"use_reentrant": False} if training.recompute else None,
         "seed": config.seed,
         "data_seed": config.seed,
@@ -110,7 +110,8 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
         ),  # transformers 5 takes it from the environment
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
-        "packing": False,
+        "packing": False,  # TRL's own; our bins arrive packed
+        "remove_unused_columns": False,  # the lengths of bins are used, by the collator
         "router_aux_loss_coef": 0.0,  # a mean per forward pass: it would depend on how the batch is cut
     }
     optional = {"logging_dir", "router_aux_loss_coef"}
@@ -139,7 +140,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             super().__init__(
                 model=model,
                 args=arguments,
-                data_collator=PadCollator(pad or 0),
+                data_collator=RowCollator(pad or 0),
                 train_dataset=rows,
                 eval_dataset=eval_rows,
                 processing_class=tokenizer,
@@ -163,7 +164,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             step.
         """
         self.loop.phase = "training"
-        self.loop.tokens += int(inputs["attention_mask"].sum())
+        self.loop.tokens += int(
+            inputs.pop(TOKENS).sum() if TOKENS in inputs else inputs["attention_mask"].sum()
+        )
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise non_finite("loss", loss.item(), self.state.global_step + 1)

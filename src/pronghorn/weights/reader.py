@@ -19,7 +19,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     }
 )  # fmt: skip
-FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 def read_tensor(shard: Shard, entry: TensorEntry) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Attention behind transformers' AttentionInterface."""

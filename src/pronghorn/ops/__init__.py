@@ -1,0 +1,1 @@
+"""Pure tensor functions: each fast form beside its plain PyTorch twin in ``reference.py``."""

@@ -1,0 +1,52 @@
+"""What the ops are told: a linear with its adapter, the form of a norm, the layout of an MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
+
+# gated: act(gate(x)) * up(x), two linears.  gate_up / up_gate: one linear whose output holds both halves.
+# plain: act(first(x)), one linear.
+MlpLayout = Literal["gated", "gate_up", "up_gate", "plain"]
+
+
+class LoraPart(NamedTuple):
+    """A frozen linear and its adapter: ``x @ weight.T + bias + scale * (x @ a.T) @ b.T``.
+
+    ``weight [out, in]`` has the dtype of the computation; ``a [r, in]`` and ``b [out, r]`` may have another
+    (they are cast for the product, never kept) or be None for a linear without an adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormForm:
+    """The exact arithmetic of a norm over the last dimension, computed in float32.
+
+    ``unit = (x - mean) * root(var + eps)`` where the mean is subtracted only if ``centered``;
+    cast "early": ``(offset + weight) * unit.to(x.dtype) + bias``; cast "late": the same in float32, cast at
+    the end.
+    """
+
+    eps: float
+    centered: bool = False
+    offset: float = 0.0
+    cast: Literal["early", "late"] = "early"
+    root: Literal["rsqrt", "pow"] = "rsqrt"
+
+
+class LogitStep(NamedTuple):
+    """One elementwise step between the head's product and the loss; ``to`` carries a dtype."""
+
+    kind: Literal["mul", "div", "tanh", "to"]
+    value: object = None
