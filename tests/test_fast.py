@@ -107,12 +107,12 @@ def _saved(model: Any, folder: Path) -> Path:
     return folder / "adapter"
 
 
-@pytest.mark.parametrize("method", ["merged_4bit", "merged_4bit_forced", "16bit", "", "Lora"])
+@pytest.mark.parametrize("method", ["merged_8bit", "16bit", "", "Lora"])
 def test_unknown_save_methods_list_the_valid_ones(base: Path, method: str, tmp_path: Path) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(ConfigError, match="save_method is") as caught:
         model.save_pretrained_merged(tmp_path / "merged", save_method=method)
-    assert "merged_16bit, lora" in caught.value.fix
+    assert "merged_16bit, merged_4bit" in caught.value.fix
     assert not (tmp_path / "merged").exists()
 
 

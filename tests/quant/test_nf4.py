@@ -87,6 +87,24 @@ def test_pieces_equal_the_whole(
         assert torch.equal(found.to(dtype), whole.flatten()[begin:end])
 
 
+def test_the_table_of_cells_is_a_binary_search() -> None:
+    bounds = nf4._bounds(torch.device("cpu"))
+    near = torch.cat(
+        [bounds, torch.nextafter(bounds, torch.tensor(2.0)), torch.nextafter(bounds, torch.tensor(-2.0))]
+    )
+    edges = torch.arange(-1, 1.0001, 2 / nf4._CELLS)
+    values = torch.cat([near, edges, torch.rand(10**5) * 2 - 1, torch.tensor([-1.0, 1.0, 1.0000001])])
+    assert torch.equal(nf4._nearest(values).int(), torch.bucketize(values, bounds, out_int32=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
+    values = weight((4, 64))
+    values[2, 3] = bad
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        nf4.encode(values)
+
+
 def test_zeros_stay_zeros() -> None:
     assert torch.equal(nf4.decode(nf4.encode(torch.zeros(4, 64))), torch.zeros(4, 64))
 
