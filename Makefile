@@ -2,6 +2,8 @@
 # only when pyproject.toml or a constraints file changes.
 
 PYTHON ?= python3
+# a GPU machine brings its own torch and Triton: nothing is installed there, and TRL is not needed
+GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 RUN := $(VENV)/bin/python
@@ -14,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-external check fmt clean $(VENV) $(VLLM)
+.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -27,6 +29,9 @@ test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vL
 
 test-external: $(VENV)/.ready $(VLLM)/.ready ## all other tests on the real vLLM, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
+
+test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
 	$(VENV)/bin/ruff format --check .

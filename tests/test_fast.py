@@ -101,6 +101,28 @@ def test_merged_folder_is_the_model(base: Path, tmp_path: Path, capsys: pytest.C
     assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
 
 
+def test_a_quantised_folder_from_a_notebook(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = FastLanguageModel.from_pretrained(base)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    shake(model)
+    report = model.save_pretrained_merged(tmp_path / "four", tokenizer, save_method="w4a16")
+    assert (report.format, report.verified) == ("w4a16", True)
+    assert json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
+
+
+def test_save_lora_writes_the_portable_form(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = FastLanguageModel.from_pretrained(base)
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=6, use_rslora=True)
+    shake(model)
+    report = model.save_lora(tmp_path / "portable", tokenizer)
+    assert (report.format, report.verified) == ("adapter", True)
+    config = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    again = FastLanguageModel.from_pretrained(tmp_path / "portable", dtype="fp32")[0]
+    exact = FastLanguageModel.from_pretrained(_saved(model, tmp_path), dtype="fp32")[0]
+    assert (logits(again) - logits(exact)).abs().max() < 1e-4
+
+
 def _saved(model: Any, folder: Path) -> Path:
     model.save_pretrained_merged(folder / "adapter", save_method="lora")
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
@@ -112,7 +134,9 @@ def test_unknown_save_methods_list_the_valid_ones(base: Path, method: str, tmp_p
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(ConfigError, match="save_method is") as caught:
         model.save_pretrained_merged(tmp_path / "merged", save_method=method)
-    assert "merged_16bit, merged_4bit" in caught.value.fix
+    assert (
+        "merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, adapter, lora" in caught.value.fix
+    )
     assert not (tmp_path / "merged").exists()
 
 

@@ -20,6 +20,7 @@ from pronghorn.adapters.origin import changed_weights, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.adapters.targets import resolve_targets
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
+from pronghorn.export.formats import FORMATS, unknown_format
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.memory import recompute
@@ -27,7 +28,6 @@ from pronghorn.patching.accelerate import RECOMPUTE_MODES
 from pronghorn.patching.accelerate import accelerate as accelerate_model
 
 DEFAULT_SEED = 3407
-SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 Recompute = bool | Literal["unsloth", "auto"]
 
 
@@ -353,6 +353,7 @@ def _bind(model: Any) -> None:
     model.for_training = types.MethodType(FastLanguageModel.for_training, model)
     model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
+    model.save_lora = types.MethodType(_save_lora, model)
     for name, instead in _REFUSED_METHODS.items():
         setattr(model, name, types.MethodType(_refusing(name, instead), model))
 
@@ -375,7 +376,8 @@ def _save_pretrained_merged(
     overwrite: bool = False,
     **other: Any,
 ) -> Any:
-    """Write the base files with the adapter merged in ("merged_16bit"), or the adapter ("lora").
+    """Write the base files with the adapter merged in ("merged_16bit"; quantised: "w4a16", "w8a8", "fp8"), or
+    the adapter: as it is ("lora"), or so that vLLM, llama.cpp and PEFT read it alike ("adapter").
 
     The merge goes from files to files and is verified in a fresh process; what was done, and what was lost in
     rounding, is printed and returned. ``overwrite`` replaces a folder.
@@ -386,8 +388,9 @@ def _save_pretrained_merged(
         ExportError: the export failed or did not verify; nothing was written.
     """
     _refuse("save_pretrained_merged", other, _SAVE_REFUSED, _save_pretrained_merged)
-    if save_method not in SAVE_METHODS:
-        raise ConfigError(f"save_method is {save_method!r}", fix=f"use one of: {', '.join(SAVE_METHODS)}")
+    if save_method not in FORMATS:
+        message, fix = unknown_format(save_method)
+        raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
     if not hasattr(self, "peft_config"):
         raise AdapterError(
             "the model has no adapter, so there is nothing to merge", fix="call get_peft_model first"
@@ -414,3 +417,10 @@ def _save_pretrained_merged(
         report = export(adapter, save_directory, format=save_method, overwrite=overwrite)
     print(report)
     return report
+
+
+def _save_lora(
+    self: Any, save_directory: str | Path, tokenizer: Any = None, *, overwrite: bool = False
+) -> Any:
+    """Write the adapter in the portable form, for vLLM's LoRARequest; as save_method="adapter"."""
+    return _save_pretrained_merged(self, save_directory, tokenizer, "adapter", overwrite=overwrite)

@@ -69,8 +69,11 @@ def memorise(model: Any, seed: int, *, steps: int, rate: float) -> None:
     model.eval()
 
 
-def write_pair(folder: Path, family: str) -> tuple[Path, Path]:
-    """Write ``folder/base`` (bfloat16) and ``folder/adapter`` (saved by PEFT alone); returns both paths."""
+def write_pair(folder: Path, family: str, **lora: Any) -> tuple[Path, Path]:
+    """Write ``folder/base`` (bfloat16) and ``folder/adapter`` (saved by PEFT alone); returns both paths.
+
+    ``lora`` are further options of the adapter's LoraConfig.
+    """
     base, adapter = folder / "base", folder / "adapter"
     model = tiny.model(family, **OVERRIDES[family])
     memorise(model, BASE, steps=60, rate=3e-3)
@@ -83,8 +86,8 @@ def write_pair(folder: Path, family: str) -> tuple[Path, Path]:
 
     torch.manual_seed(2)
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    options = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    wrapped = get_peft_model(loaded, options)
+    options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
+    wrapped = get_peft_model(loaded, LoraConfig(**options))
     memorise(wrapped, TRAINED, steps=80, rate=1e-2)
     wrapped.save_pretrained(adapter)
     return base, adapter

@@ -22,6 +22,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "patching.",
         "quant.",
         "serving.compare",
+        "serving.vllm",
         "training.",
         "weights.",
     ),
@@ -51,7 +52,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("data.isolated",),
     "jinja2": ("export.verify_tokens",),
     "bitsandbytes": ("quant.library",),
+    "triton": ("ops.triton.",),
 }
+COMES_ALONG = frozenset({"triton"})  # with torch's builds for GPUs, and only there
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name to install differs
 
 
@@ -82,7 +85,7 @@ def test_the_table_names_no_place_that_is_not_used() -> None:
 def test_every_library_used_is_a_declared_dependency() -> None:
     declared = re.findall(r'^    "([\w-]+)[><=]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     used = {DISTRIBUTIONS.get(library, library) for library, places in PLACES.items() if places}
-    assert used <= set(declared)
+    assert used - COMES_ALONG <= set(declared)
 
 
 def test_the_check_finds_what_it_looks_for() -> None:

@@ -51,13 +51,16 @@ def assert_as_true_as(
     first = plain(*cast(torch.float64))
     shapes = [first.shape] if isinstance(first, Tensor) else [t.shape for t in first]
     generator = torch.Generator().manual_seed(11)
-    seeds = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    seeds = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(inputs[0].device) for shape in shapes
+    ]
     truth = outputs_and_grads(plain, cast(torch.float64), seeds)
     peers = outputs_and_grads(plain, cast(dtype), seeds)
     ours = outputs_and_grads(fast, cast(dtype), seeds)
-    # one scalar in float32 can be exact by luck on the plain side
-    floor = 2 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.0
     for index, (mine, peer, true) in enumerate(zip(ours, peers, truth, strict=True)):
+        # a few numbers can be exact by luck on the plain side; their own rounding (half an eps) is no error
+        few = 2 * torch.finfo(dtype).eps if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+        floor = few if dtype == torch.float32 or mine.numel() < 64 else 0.0
         bound = slack * distance(peer, true) + floor
         assert mine.dtype == peer.dtype, f"result {index}: {mine.dtype}, plain PyTorch gives {peer.dtype}"
         assert distance(mine, true) <= bound, f"result {index}: {distance(mine, true):.2e} > {bound:.2e}"

@@ -185,6 +185,14 @@ def test_the_self_test_runs_before_training_and_says_so(
     assert "packing: logits packed and alone differ by" in said and "% filled" in said
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_16_bit_base_trains_packed(make_config: MakeConfig, tmp_path: Path, family: str) -> None:
+    base = tiny.write_base(tmp_path / "base", family)
+    run = {"model": {"name": str(base), **SHORT}, "training": {"max_steps": 3}}
+    losses = train(make_config("packed", data=PACKED, **run)).losses
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
 def test_a_leaking_base_is_refused_before_a_step(make_config: MakeConfig, tmp_path: Path) -> None:
     from tests.training.test_isolation import leaking
 

@@ -17,7 +17,13 @@ def export(
         str, typer.Argument(metavar="ADAPTER", help="The trained adapter, or its run: a folder or a hub id.")
     ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
-    format_: Annotated[str, typer.Option("--format", help="What to write.")] = "merged_16bit",
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="merged_16bit; w4a16, w8a8 or fp8 (quantised); adapter (portable); lora (as it is).",
+        ),
+    ] = "merged_16bit",
     base: Annotated[
         str | None, typer.Option(help="The base; by default the one recorded with the adapter.")
     ] = None,
@@ -53,6 +59,7 @@ def export(
         )
     if report.onto is not None:
         _print_drift(report, onto)
+    _print_serving(report)
 
 
 def _print_drift(report: ExportReport, onto: str) -> None:
@@ -73,6 +80,18 @@ def _print_drift(report: ExportReport, onto: str) -> None:
     print_table(
         f"drift from the trained model, on {measured[0].tokens} tokens", COLUMNS, table_rows(measured)
     )
+
+
+def _print_serving(report: ExportReport) -> None:
+    """How the result is served, where vLLM would serve it rightly; else the reason."""
+    from pronghorn.cli.serve import print_plan
+    from pronghorn.errors import PronghornError
+    from pronghorn.serving.vllm import plan_serving
+
+    try:
+        print_plan(plan_serving(report.folder, base=report.base))
+    except PronghornError as error:
+        typer.echo(f"not for vLLM: {error}")
 
 
 def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+from pronghorn.export.codes import Coded
 from pronghorn.export.plan import Change, MergePlan
 from pronghorn.quant.stored import StoredNF4
 from pronghorn.weights.reader import TORCH_DTYPES
@@ -16,11 +17,21 @@ from pronghorn.weights.shards import LENGTH_BYTES, Shard, TensorEntry
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write: ``entry`` says where; ``base`` where the base has it (None for a new one)."""
+    """A tensor to write: ``entry`` says where; ``base`` where the base has it (None for a new one).
+
+    With ``coded``, ``entry`` is for the codes, and ``coded`` says where the rest goes.
+    """
 
     entry: TensorEntry
     base: tuple[Shard, TensorEntry]
     change: Change | None
+    coded: Coded | None = None
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Everything that is written for this tensor, in the file's order."""
+        parts = (self.entry, self.coded.scale, self.coded.shape) if self.coded else (self.entry,)
+        return tuple(part for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class OutputShard:
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return self.tensors[-1].entry.end if self.tensors else len(self.prefix)
+        return self.tensors[-1].entries[-1].end if self.tensors else len(self.prefix)
 
 
 def lay_out(plan: MergePlan) -> tuple[OutputShard, ...]:
@@ -56,12 +67,12 @@ def _shard(plan: MergePlan, shard: Shard) -> OutputShard:
     if not packed and shapes == [entry.shape for entry in shard.tensors.values()]:
         return OutputShard(shard.path.name, shard.prefix, tuple(tensors))
     sized = [replace(one.entry, shape=shape) for one, shape in zip(tensors, shapes, strict=True)]
-    prefix, entries = _write_header(shard.metadata, sized)
+    prefix, entries = write_header(shard.metadata, sized)
     moved = tuple(replace(one, entry=entry) for one, entry in zip(tensors, entries, strict=True))
     return OutputShard(shard.path.name, prefix, moved)
 
 
-def _write_header(
+def write_header(
     metadata: Mapping[str, str], entries: list[TensorEntry]
 ) -> tuple[bytes, tuple[TensorEntry, ...]]:
     """A header for tensors in the given order, padded to 8 bytes as the format wants; their new places."""

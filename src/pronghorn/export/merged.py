@@ -22,6 +22,7 @@ import torch
 
 from pronghorn.adapters.merge import FactorCache, merge_rows, tiles
 from pronghorn.errors import ExportError
+from pronghorn.export.codes import Coded, encode
 from pronghorn.export.layout import OutputShard, OutputTensor
 from pronghorn.export.plan import Change
 from pronghorn.weights.reader import TORCH_DTYPES, read_rows
@@ -174,21 +175,37 @@ class _Merge:
     pieces: list[tuple[int, int]]
 
     def __call__(self, target: int) -> int:
-        entry = self.tensor.entry
-        dtype = TORCH_DTYPES[entry.dtype]
+        entry, stored = self.tensor.entry, TORCH_DTYPES[self.tensor.base[1].dtype]
         rows, columns = _matrix(self.change.shape)
         row_bytes = entry.nbytes // rows if rows else 0
-        changed = 0
+        changed = written = 0
         for first, last in self.pieces:
             before = self._base_rows(first, last)
-            merged = self._tile(before, first, last, columns).to(dtype).contiguous()
+            exact = self._tile(before, first, last, columns)
+            merged = exact.to(stored).contiguous()
             self._check_range(merged)
             changed += merged.numel() - _same_bits(before, merged[: len(before)])
-            data = merged.view(torch.uint8).numpy().data.cast("B")
-            write_all(target, data, entry.start + first * row_bytes)
-        count = self.pieces[-1][1] - self.pieces[0][0]
-        self.writer.counts.add(entry.name, count * columns, changed)
-        return count * row_bytes
+            if self.tensor.coded:
+                written += self._write_codes(target, self.tensor.coded, exact.float(), first)
+            else:
+                data = merged.view(torch.uint8).numpy().data.cast("B")
+                written += write_all(target, data, entry.start + first * row_bytes)
+        if self.change.entries or not self.tensor.coded:
+            count = self.pieces[-1][1] - self.pieces[0][0]
+            self.writer.counts.add(self.tensor.base[1].name, count * columns, changed)
+        return written
+
+    def _write_codes(self, target: int, coded: Coded, exact: torch.Tensor, first: int) -> int:
+        """Write codes and scales of some float32 rows (and the shape, with the first)."""
+        codes, scale = encode(exact, coded.scheme, TORCH_DTYPES[coded.scale.dtype])
+        parts = [(self.tensor.entry, codes), (coded.scale, scale.view(torch.uint8))]
+        if coded.shape and first == 0:
+            parts.append((coded.shape, torch.tensor([self.change.shape]).view(torch.uint8)))
+        written = 0
+        for entry, data in parts:
+            place = entry.start + first * (entry.nbytes // entry.shape[0])
+            written += write_all(target, data.contiguous().numpy().data.cast("B"), place)
+        return written
 
     def _check_range(self, merged: torch.Tensor) -> None:
         """float16 ends at 65504, and DoRA divides by a norm; other updates of finite values stay finite."""

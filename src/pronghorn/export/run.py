@@ -8,20 +8,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
 from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
-from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError, VerificationError
+from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
+from pronghorn.export.formats import QUANTISED, unknown_format
+from pronghorn.export.job import SUBFOLDER, Job, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
-from pronghorn.export.onto import MergeFormat, Onto, base_weights
+from pronghorn.export.onto import MergeFormat, base_weights
 from pronghorn.export.packed import NOTE, write_packed
 from pronghorn.export.plan import MergePlan, plan_merge
+from pronghorn.export.portable import write_portable
+from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
-from pronghorn.export.verify import verify as check
 from pronghorn.export.vocabulary import (
     CONFIG,
     TOKENIZER_FILES,
@@ -31,7 +35,14 @@ from pronghorn.export.vocabulary import (
 )
 from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
-from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve, resolve_base
+from pronghorn.sources.resolve import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    read_json,
+    resolve,
+    resolve_base,
+)
 from pronghorn.sources.source import Source, SourceKind
 from pronghorn.weights.folder import open_weights
 from pronghorn.weights.writer import StagedFolder
@@ -53,9 +64,10 @@ def export(
     Args:
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
-        format: "merged_16bit", the base with the adapter merged in; "merged_4bit", the same
-            quantised to NF4; "lora", the adapter and its tokenizer. A
-            MergeFormat also says onto which values of a base in 4-bit.
+        format: "merged_16bit", the base with the adapter merged in; "w4a16", "w8a8" or "fp8", the same
+            quantised for vLLM and transformers (compressed-tensors); "merged_4bit", the same in bitsandbytes'
+            NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read alike; "lora",
+            the adapter as it is and its tokenizer. A MergeFormat also says onto which values of a 4-bit base.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -70,42 +82,18 @@ def export(
     """
     wanted = format if isinstance(format, MergeFormat) else MergeFormat(format)
     if wanted.name not in _FORMATS:
-        raise NotSupportedError(
-            f"the format {wanted.name!r} is not known", fix=f"choose one of {', '.join(_FORMATS)}"
-        )
+        message, fix = unknown_format(wanted.name)
+        raise NotSupportedError(message, fix=fix)
     started = time.perf_counter()
     source = _find_adapter(adapter, adapter_name)
     # the base's own code is copied, never run here; verification decides for itself
     found = resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
-    job = _Job(source, found, goal, overwrite, verify, progress, wanted.onto)
+    job = Job(source, found, goal, overwrite, verify, progress, wanted.onto)
     with _disk_errors(goal):
         report = _FORMATS[wanted.name](job)
     return replace(report, seconds=time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class _Job:
-    adapter: Source
-    base: Source
-    target: Path
-    overwrite: bool
-    verify: bool
-    progress: Progress | None
-    onto: Onto = "decoded"
-    deep_alone: bool = False
-
-    @property
-    def tokenizer(self) -> Path:
-        """Where the tokenizer of training lies: with the adapter, or one up where PEFT made a subfolder."""
-        places = (self.adapter.path, self.adapter.path.parent)
-        named = places if self.adapter.config.get(_SUBFOLDER) else places[:1]
-        return next((place for place in named if (place / TOKENIZER_FILES[1]).is_file()), places[0])
-
-
-# marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named
-_SUBFOLDER = "_pronghorn_subfolder"
 
 
 def _find_adapter(adapter: str | Path, name: str | None) -> Source:
@@ -117,7 +105,7 @@ def _find_adapter(adapter: str | Path, name: str | None) -> Source:
         raise AdapterError(
             f"{adapter} is a {source.kind.value}, not an adapter", fix="give the adapter's folder"
         )
-    nested = {_SUBFOLDER: True} if chosen != folder else {}
+    nested = {SUBFOLDER: True} if chosen != folder else {}
     return replace(source, name=str(adapter), config={**source.config, **nested})
 
 
@@ -142,17 +130,20 @@ def _disk_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _merged(job: _Job) -> ExportReport:
+def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     adapter = read_adapter(job.adapter.path)
     base = base_weights(job.base, adapter.record, job.onto)
     weights = base.weights
     plan = plan_merge(weights, job.base.config, adapter, base.quantised)
     zero = _check_values(plan)
-    shards = lay_out(plan)
+    codes = plan_quantisation(quantised, weights, job.base.config, job.base.path) if quantised else None
+    shards = lay_out(plan) if codes is None else lay_out_codes(lay_out(plan), codes)
     edits = merged_files(
         job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
     )
     remove_quantization(edits, job.base.path)
+    if codes is not None:
+        _add_quantisation(edits, codes, job.base.path)
     copied, left = small_files(job.base.path)
     copied = [name for name in copied if str(name) not in edits.files]
     updated = {name for name, change in plan.changes.items() if change.update and not change.tokens}
@@ -164,11 +155,11 @@ def _merged(job: _Job) -> ExportReport:
         counts = write_shards(shards, adapter.shard, staging, job.progress)
         copy_into(job.base.path, copied, staging)
         _write_edits(edits, staging)
-        _write_index(plan, shards, staging)
-        checks = _verified(job, staging, against=job.adapter.path) if job.verify else ()
+        _write_index(plan, shards, staging, same=codes is None)
+        checks = verified(job, staging, against=job.adapter.path) if job.verify else ()
     return ExportReport(
         folder=job.target,
-        format="merged_16bit",
+        format=quantised or "merged_16bit",
         adapter=job.adapter.path,
         base=job.base.path,
         tensors_merged=len(plan.changes),
@@ -176,7 +167,7 @@ def _merged(job: _Job) -> ExportReport:
         bytes_written=needed,
         changed_share=changed_share(counts),
         warnings=merge_warnings(counts, updated, zero),
-        changes=tuple(edits.listed),
+        changes=tuple(edits.listed) if codes is None else (codes.told, *edits.listed),
         onto=base.note,
         left_out=left_out(weights, left),
         seconds=0.0,
@@ -185,7 +176,7 @@ def _merged(job: _Job) -> ExportReport:
     )
 
 
-def _packed(job: _Job) -> ExportReport:
+def _packed(job: Job) -> ExportReport:
     """The merged model, verified in 16-bit and then written in NF4."""
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +185,7 @@ def _packed(job: _Job) -> ExportReport:
         stored = stored_4bit(job.base.config, open_weights(job.base.path))
         with StagedFolder(goal, job.overwrite) as staging:
             count = write_packed(report.folder, staging, stored or None)
-            rows = _verified(replace(job, deep_alone=True), staging, against=None) if job.verify else ()
+            rows = verified(job, staging, against=None, deep=True) if job.verify else ()
             written = sum(path.stat().st_size for path in staging.iterdir())
     return replace(
         report,
@@ -225,32 +216,40 @@ def _check_values(plan: MergePlan) -> list[str]:
     ]
 
 
+def _add_quantisation(edits: FolderEdits, codes: Quantisation, base: Path) -> None:
+    edited = edits.files.get(BASE_CONFIG)
+    edits.files[BASE_CONFIG] = codes.edit(json.loads(edited) if edited else read_json(base / BASE_CONFIG))
+    edits.listed.append(f"{BASE_CONFIG}: quantization_config added ({codes.scheme.layout})")
+
+
 def _write_edits(edits: FolderEdits, staging: Path) -> None:
     for name, content in edits.files.items():
         if content is not None:
             (staging / name).write_bytes(content)
 
 
-def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path) -> None:
-    """The base's index, byte for byte where nothing in it changes."""
+def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path, *, same: bool) -> None:
+    """The base's index, byte for byte where nothing changes; ``same``: tensors have the base's names."""
     index = plan.weights.index
     if index is None:
         return
-    if plan.same_layout:
+    if same and plan.same_layout:
         (staging / index.name).write_bytes(index.read_bytes())
         return
     document = json.loads(index.read_text(encoding="utf-8"))
-    entries = {one.entry.name: (shard.name, one.entry) for shard in shards for one in shard.tensors}
+    entries = {
+        entry.name: (shard.name, entry) for shard in shards for one in shard.tensors for entry in one.entries
+    }
     document["weight_map"] = {name: entries[name][0] for name in sorted(entries)}
     metadata = document.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = sum(entry.nbytes for _, entry in entries.values())
-    if isinstance(metadata, dict) and "total_parameters" in metadata:
+    if isinstance(metadata, dict) and "total_parameters" in metadata and same:
         metadata["total_parameters"] = sum(prod(entry.shape) for _, entry in entries.values())
     (staging / index.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _lora(job: _Job) -> ExportReport:
+def _lora(job: Job) -> ExportReport:
     """The adapter as PEFT wrote it, with the tokenizer it was trained with (else the base's)."""
     read_adapter(job.adapter.path)
     names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_NAME, "README.md"]
@@ -262,7 +261,7 @@ def _lora(job: _Job) -> ExportReport:
     with StagedFolder(job.target, job.overwrite) as staging:
         for folder, name in pieces:
             copy_into(folder, [Path(name)], staging)
-        checks = _verified(job, staging, against=None) if job.verify else ()
+        checks = verified(job, staging, against=None) if job.verify else ()
     return ExportReport(
         folder=job.target,
         format="lora",
@@ -281,28 +280,11 @@ def _lora(job: _Job) -> ExportReport:
     )
 
 
-def _verified(job: _Job, staging: Path, *, against: Path | None) -> tuple[tuple[str, str], ...]:
-    """Check the staged folder, the deep part in a fresh process; a broken promise keeps it from appearing."""
-    deep = against is not None or job.deep_alone
-    report = check(staging, deep=deep, against=against, base=job.base.path, onto=job.onto)
-    failure = report.first_failure
-    if failure is None:
-        return tuple((row.name, row.detail) for row in report.rows)
-    detail = failure.detail.replace(str(staging), str(job.target))
-    if failure.ok is None:
-        raise VerificationError(
-            f"{job.target} was not verified, so it was not written: {failure.name}: {detail}",
-            fix="remove the cause, or export with verify=False (--no-verify) and check it elsewhere",
-        )
-    raise VerificationError(
-        f"{job.target} was not written, it would break a promise: {failure.name}: {detail}",
-        fix="please report this; verify=False (--no-verify) writes the folder for a closer look",
-    )
-
-
-_FORMATS: dict[str, Callable[[_Job], ExportReport]] = {
+_FORMATS: dict[str, Callable[[Job], ExportReport]] = {
     "merged_16bit": _merged,
+    **{name: partial(_merged, quantised=name) for name in QUANTISED},
     "merged_4bit": _packed,
     "merged_4bit_forced": _packed,
+    "adapter": write_portable,
     "lora": _lora,
 }

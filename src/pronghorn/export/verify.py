@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pronghorn.errors import PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
+from pronghorn.export.verify_codes import codes_complete
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row, without_quantization
 from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
 from pronghorn.export.verify_weights import (
@@ -44,6 +45,7 @@ MODEL_PROMISES: tuple[Promise, ...] = (
     no_peft_names,
     layers_complete,
     quantization_agrees,
+    codes_complete,
     dtype_agrees,
     vocabulary_agrees,
     tying_agrees,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import transformers
 
 from pronghorn.export import verify_model, verify_quant
 from pronghorn.export.verify_class import class_agrees
+from pronghorn.export.verify_codes import settings
+from pronghorn.export.verify_decode import QUALITY, load_decoded, quality, size_told
 from pronghorn.export.verify_folder import Folder, Row, verdict
 from pronghorn.export.verify_model import Answer
 from pronghorn.export.verify_stream import Comparison, compare_weights
@@ -105,6 +108,10 @@ def compute_promises(
 
 def _alone(view: Folder) -> Iterator[Row]:
     """A model folder with nothing to compare with: it loads completely and runs."""
+    if settings(view) and find_spec("compressed_tensors") is None:
+        reason = "compressed-tensors is not installed here; give the adapter with --against"
+        yield Row(RUNS, None, reason)
+        return
     yield class_agrees(view.path)
     yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, view.path))
     if (short := _too_large(view)) is not None:
@@ -125,7 +132,8 @@ def _runs(view: Folder) -> Row:
 def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
     """A merged folder (or an adapter) against base + adapter."""
     if not view.is_adapter:
-        yield class_agrees(view.path)
+        if not settings(view):
+            yield class_agrees(view.path)
         yield _weights_row(compare_weights(view, base, adapter))
     home = _tokenizer_home(adapter, base.path)
     if "tokenizer_config.json" in view.names or not view.is_adapter:
@@ -140,6 +148,9 @@ def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
         yield from (Row(name, None, reason) for name in _NOT_LOADED)
         return
     yield keys
+    if settings(view):
+        yield _attempt(QUALITY, lambda: _quality(view, base, truth))
+        return
     yield from _judge(view, base, Folder(home), truth)
 
 
@@ -177,6 +188,17 @@ def _judge(view: Folder, base: Folder, home: Folder, truth: Truth) -> Iterator[R
     yield logits_row(distance(truth.logits, found), truth)
     yield moves_row(truth, distance(truth.rounded, found))
     yield greedy_row(truth, answers)
+
+
+def _quality(view: Folder, base: Folder, truth: Truth) -> Row:
+    """The decoded weights beside base + adapter; the adapter's own effect says what the loss is worth."""
+    model = load_decoded(view, base.path)
+    ids = tuple(answer.ids for answer in truth.answers)
+    found = tuple(verify_model.logits(model, each) for each in ids)
+    lost = distance(truth.logits, found).rms
+    told = f"quantising moves the logits by {lost:.3g}, the adapter by {truth.signal.rms:.3g} (rms)"
+    told += ": more than the adapter did" if lost > truth.signal.rms else ""
+    return quality(truth.logits, found, ids, f"{told}; {size_told(view, base)}")
 
 
 def logits_row(gap: Gap, truth: Truth) -> Row:

@@ -101,7 +101,8 @@ def merge_and_round(wrapped: Any, folder: Folder) -> Any:
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
             stored = folder.tensors.get(name)
-            dtype = stored.dtype if isinstance(stored, Tensor) else main
+            # a tensor of codes has no dtype to round to
+            dtype = stored.dtype if isinstance(stored, Tensor) and stored.dtype in FLOATS else main
             parameter.copy_(parameter.to(TORCH_DTYPES[dtype]).float())
     return merged
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from pronghorn.export.verify_adapter import pattern_value, tail
+from pronghorn.export.verify_codes import Coded, coded
+from pronghorn.export.verify_decode import farthest
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, Tensor, read_header
 
 _TILE_ELEMENTS = 1 << 22
@@ -48,6 +50,7 @@ class Comparison:
     skipped: list[str] = field(default_factory=list)
     changed_tensors: int = 0
     same_tensors: int = 0
+    coded_tensors: int = 0
     changed_elements: int = 0
     exact_elements: int = 0
     elements: int = 0
@@ -55,12 +58,15 @@ class Comparison:
     @property
     def told(self) -> str:
         """One line for the report."""
+        codes = f"{self.coded_tensors} tensors hold the codes nearest to base + adapter; "
         share = 100 * self.exact_elements / max(self.elements, 1)
         moved = 100 * self.changed_elements / max(self.elements, 1)
         line = f"{self.changed_tensors} tensors equal base + adapter ({share:.4g} % rounded exactly, "
         line += f"{moved:.3g} % of their elements changed), {self.same_tensors} others are the base's bytes"
-        return line + (
-            f"; not compared: {', '.join(self.skipped[:3])} ({len(self.skipped)})" if self.skipped else ""
+        return (
+            (codes if self.coded_tensors else "")
+            + line
+            + (f"; not compared: {', '.join(self.skipped[:3])} ({len(self.skipped)})" if self.skipped else "")
         )
 
 
@@ -69,8 +75,13 @@ def compare_weights(folder: Folder, base: Folder, adapter: Path) -> Comparison:
     result = Comparison()
     changes = _changes(folder, base, adapter, result)
     experts = any(".experts" in name for name in result.skipped)
+    weights = coded(folder)
+    for name, one in weights.items():
+        _compare_codes(name, one, base.tensors.get(name), changes.get(name, Change()), result)
     for name, ours in folder.tensors.items():
         change = changes.get(name)
+        if name in weights:
+            continue
         before = base.tensors.get(name) or _embedding(base)
         if change is None and (name in result.skipped or (experts and ".experts" in name)):
             continue
@@ -178,6 +189,26 @@ def _compare_changed(
             f"root mean square {sqrt(squares / max(allowed, 1e-60)):.3g} x what rounding explains"
         )
     result.changed_tensors += 1
+
+
+def _compare_codes(name: str, one: Coded, base: Tensor | None, change: Change, result: Comparison) -> None:
+    """A quantised weight holds the codes nearest to base + adapter."""
+    start = change.replacement or base
+    if start is None or (change.a is None) != (change.b is None) or start.shape != one.shape:
+        result.problems.append(f"{name} of shape {list(one.shape)} cannot be base + adapter")
+        return
+    a, b = (_read(x, 0, x.shape[0]).float() if x is not None else None for x in (change.a, change.b))
+    worst = 0.0
+    for first, last in _tiles(start):
+        truth = _read(start, first, last).float()
+        if a is not None and b is not None:
+            truth = truth + change.scale * (b[first:last] @ a)
+        worst = max(worst, farthest(one, first, last, truth))
+    if worst > 1.0:
+        result.problems.append(
+            f"{name} is not base + adapter: its codes are up to {worst:.3g} x as far as rounding explains"
+        )
+    result.coded_tensors += 1
 
 
 def _tiles(tensor: Tensor) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from pronghorn.export.verify_codes import plain_tensors
 from pronghorn.export.verify_folder import (
     ADAPTER_FILES,
     FLOATS,
@@ -254,19 +255,17 @@ def layers_complete(folder: Folder) -> Finding:
 def same_as_base(folder: Folder) -> Finding:
     """Names, shapes and dtypes are the base's, but for added vocabulary rows and an untied lm_head."""
     assert folder.base is not None
-    ours, theirs = folder.tensors, folder.base.tensors
+    ours, theirs = plain_tensors(folder), folder.base.tensors
     problems = [f"{t} of the base is missing" for t in theirs if t not in ours]
-    for t, tensor in ours.items():
+    for t, (shape, dtype) in ours.items():
         before = theirs.get(t)
         if before is None:
             if not (_HEAD.search(t) and folder.config.get("tie_word_embeddings") is False):
                 problems.append(f"{t} is not in the base")
             continue
-        if tensor.dtype != before.dtype:
-            problems.append(f"{t} is {tensor.dtype}, in the base {before.dtype}")
-        grown = (
-            t in _vocabulary(folder) and tensor.shape[1:] == before.shape[1:] and tensor.shape > before.shape
-        )
-        if tensor.shape != before.shape and not grown:
-            problems.append(f"{t} has shape {list(tensor.shape)}, in the base {list(before.shape)}")
+        if dtype != before.dtype:
+            problems.append(f"{t} is {dtype}, in the base {before.dtype}")
+        grown = t in _vocabulary(folder) and shape[1:] == before.shape[1:] and shape > before.shape
+        if shape != before.shape and not grown:
+            problems.append(f"{t} has shape {list(shape)}, in the base {list(before.shape)}")
     return verdict(problems, f"{len(theirs)} names, shapes and dtypes equal")

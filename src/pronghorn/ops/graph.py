@@ -70,6 +70,15 @@ class Held:
         return self.tensors
 
 
+def graph_is_kept() -> bool:
+    """Whether the running backward keeps its graph: if not, what a node saved may be overwritten by it.
+
+    Torch has no public way to ask; where its private one is missing, the answer is the safe one.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
 def flat_rows(x: Tensor) -> Tensor:
     """``[..., n]`` as ``[rows, n]``."""
     return x.reshape(-1, x.shape[-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ from pronghorn.ops.shapes import LogitStep
 TILE_BYTES = 64 * 2**20
 
 
+class LossPieces(NamedTuple):
+    """How the arithmetic on a tile of logits is done: by torch, or by the kernels of one kind of device."""
+
+    rows: Callable[[Tensor, Tensor, Sequence[LogitStep], int, bool], Tensor]
+    """(``raw [rows, V]``, labels, chain, ignore_index, whether gradients are needed) to the summed loss; raw
+    becomes the gradient of that sum"""
+    compact: bool
+    """Ignored labels are dropped before the product. Their number decides shapes, so a device has to be
+    waited for; otherwise they are computed and count nothing."""
+    tile_rows: Callable[[int, int], int]
+    """(vocabulary, bytes of an element) to rows of a tile"""
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -31,13 +44,15 @@ def linear_cross_entropy(
     chain: Sequence[LogitStep] = (),
     ignore_index: int = -100,
     mean: bool = True,
+    pieces: LossPieces | None = None,
 ) -> Tensor:
     """``reference.linear_cross_entropy`` in tiles: ``hidden [N, H]``, ``weight [V, H]``, ``labels [N]`` to a
     scalar.
 
-    Ignored labels are dropped before the product; with none left the loss is 0 and so are the gradients.
+    Where every label is ignored the loss is 0 and so are the gradients.
     """
-    loss: Tensor = record(_CrossEntropy, hidden, weight, bias, labels, tuple(chain), ignore_index, mean)
+    how = _How(tuple(chain), ignore_index, mean, pieces or TORCH)
+    loss: Tensor = record(_CrossEntropy, hidden, weight, bias, labels, how)
     return loss
 
 
@@ -56,8 +71,15 @@ def log_prob(
     return logp, entropy, top
 
 
+def _tile_rows(vocabulary: int, element_size: int) -> int:
+    return max(1, TILE_BYTES // (vocabulary * element_size))
+
+
 def _tiles(rows: int, vocabulary: int, element_size: int) -> Iterator[slice]:
-    step = max(1, TILE_BYTES // (vocabulary * element_size))
+    return _cut(rows, _tile_rows(vocabulary, element_size))
+
+
+def _cut(rows: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -89,6 +111,13 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return p, z.amax(-1).float() - p.amax(-1).log()
 
 
+class _How(NamedTuple):
+    chain: tuple[LogitStep, ...]
+    ignore_index: int
+    mean: bool
+    pieces: LossPieces
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -97,12 +126,16 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        chain: tuple[LogitStep, ...],
-        ignore_index: int,
-        mean: bool,
+        how: _How,
     ) -> Tensor:
-        kept = (labels != ignore_index).nonzero().squeeze(1)
-        scale = 1.0 / max(kept.numel(), 1) if mean else 1.0
+        chain, ignore_index, mean, pieces = how
+        counted = labels != ignore_index
+        kept = counted.nonzero().squeeze(1) if pieces.compact else None
+        scale, late = 1.0, None  # the mean's factor: now where the count is known here, else at the end
+        if mean and kept is not None:
+            scale = 1.0 / max(kept.numel(), 1)
+        elif mean:
+            late = counted.sum().clamp(min=1).float().reciprocal()
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grads = (
             torch.zeros_like(hidden) if need_hidden else None,
@@ -110,32 +143,52 @@ class _CrossEntropy(torch.autograd.Function):
             torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None,
         )
         loss = hidden.new_zeros((), dtype=torch.float32)
-        for tile in _tiles(kept.numel(), weight.shape[0], hidden.element_size()):
-            rows = kept[tile]
-            here = hidden.index_select(0, rows)
+        for tile in _cut(
+            len(labels) if kept is None else kept.numel(),
+            pieces.tile_rows(weight.shape[0], hidden.element_size()),
+        ):
+            here, targets, put = _take(hidden, labels, tile if kept is None else kept[tile])
             raw = functional.linear(here, weight, bias)
-            loss += _rows_loss(raw, labels.index_select(0, rows), chain, any(ctx.needs_input_grad[:3]))
+            loss += pieces.rows(raw, targets, chain, ignore_index, any(ctx.needs_input_grad[:3]))
             if grads[0] is not None:
-                grads[0].index_copy_(0, rows, (raw @ weight).mul_(scale))
+                part = raw @ weight
+                put(grads[0], part if scale == 1.0 else part.mul_(scale))
             if grads[1] is not None:
                 grads[1].addmm_(raw.t().float(), here.float(), alpha=scale)
             if grads[2] is not None:
                 grads[2].add_(raw.float().sum(0), alpha=scale)
-        ctx.save_for_backward(*(g for g in grads if g is not None))
+        ctx.save_for_backward(*(g for g in grads if g is not None), *([] if late is None else [late]))
         ctx.have, ctx.dtype = [g is not None for g in grads], weight.dtype
-        return loss.mul_(scale)
+        return loss.mul_(scale) if late is None else loss.mul_(late)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        made = iter(ctx.saved_tensors)
-        grads = [(next(made) * dloss).to(ctx.dtype) if have else None for have in ctx.have]
-        return (*grads, None, None, None, None)
+        made = list(ctx.saved_tensors)
+        if len(made) > sum(ctx.have):
+            dloss = dloss * made.pop()
+        rest = iter(made)
+        grads = [(next(rest) * dloss).to(ctx.dtype) if have else None for have in ctx.have]
+        return (*grads, None, None)
 
 
-def _rows_loss(raw: Tensor, labels: Tensor, chain: Sequence[LogitStep], need_grad: bool) -> Tensor:
-    """Summed loss of a tile; ``raw [rows, V]`` becomes the gradient of that sum with respect to the head's
-    product.
-    """
+def _take(
+    hidden: Tensor, labels: Tensor, rows: Tensor | slice
+) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Any]]:
+    """(hidden states, labels) of these rows, and how to put their gradient in its place."""
+    if isinstance(rows, slice):
+        return hidden[rows], labels[rows], lambda total, part: total[rows].copy_(part)
+    put = partial(_put, rows=rows)
+    return hidden.index_select(0, rows), labels.index_select(0, rows), put
+
+
+def _put(total: Tensor, part: Tensor, rows: Tensor) -> None:
+    total.index_copy_(0, rows, part)
+
+
+def _rows_loss(
+    raw: Tensor, labels: Tensor, chain: Sequence[LogitStep], ignore_index: int, need_grad: bool
+) -> Tensor:
+    """The ``rows`` of ``LossPieces`` by torch, which never sees an ignored label."""
     total = raw.new_zeros((), dtype=torch.float32)
     for tile in _tiles(raw.shape[0], raw.shape[1], torch.float32.itemsize):
         z, backward_steps = _through_chain(raw[tile], chain)
@@ -148,6 +201,9 @@ def _rows_loss(raw: Tensor, labels: Tensor, chain: Sequence[LogitStep], need_gra
                 p = step(p)
             raw[tile] = p
     return total
+
+
+TORCH = LossPieces(_rows_loss, compact=True, tile_rows=_tile_rows)
 
 
 class _LogProb(torch.autograd.Function):

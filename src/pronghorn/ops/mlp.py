@@ -8,13 +8,23 @@ not grow with the number of tokens; the gate and up products run twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pronghorn.ops.graph import Held, Node, flat_rows, like_input, record, release, saved, source_of
+from pronghorn.ops.graph import (
+    Held,
+    Node,
+    flat_rows,
+    graph_is_kept,
+    like_input,
+    record,
+    release,
+    saved,
+    source_of,
+)
 from pronghorn.ops.lora import (
     apply_parts,
     backward_parts,
@@ -28,12 +38,44 @@ from pronghorn.ops.reference import activate, split
 from pronghorn.ops.shapes import Activation, LoraPart, MlpLayout
 
 
+class GatedPieces(NamedTuple):
+    """How the arithmetic between the linears is done: by torch, or by the kernels of one kind of device."""
+
+    forward: Callable[[Sequence[Tensor], MlpLayout, Activation], Tensor]
+    """(outputs of the first linears, layout, activation) to ``act(gate) * up``, everything as rows"""
+    backward: Callable[[Tensor, Sequence[Tensor], MlpLayout, Activation, bool], list[Tensor]]
+    """(its gradient, the outputs, layout, activation, whether the outputs may be overwritten) to the
+    gradients of the outputs"""
+
+
+class _Form(NamedTuple):
+    """What an MLP computes between its linears, and by which pieces."""
+
+    layout: MlpLayout
+    activation: Activation
+    pieces: GatedPieces
+
+    def inner(self, outputs: Sequence[Tensor]) -> Tensor:
+        """``act(gate) * up`` of the first linears' outputs."""
+        return self.pieces.forward(outputs, self.layout, self.activation)
+
+    def backward(self, dh: Tensor, outputs: Sequence[Tensor], *, spent: bool) -> list[Tensor]:
+        """Gradients of the outputs, written over them where ``spent`` allows it."""
+        return self.pieces.backward(dh, outputs, self.layout, self.activation, spent)
+
+
 def mlp(
-    x: Tensor, first: Sequence[LoraPart], down: LoraPart, layout: MlpLayout, activation: Activation
+    x: Tensor,
+    first: Sequence[LoraPart],
+    down: LoraPart,
+    layout: MlpLayout,
+    activation: Activation,
+    pieces: GatedPieces | None = None,
 ) -> Tensor:
     """``reference.mlp`` in the kept form: ``x [..., hidden]`` to ``[..., hidden]``."""
+    form = _Form(layout, activation, pieces or TORCH)
     scales = tuple(part.scale for part in first)
-    inner = record(_Inner, x, source_of(x), scales, layout, activation, *flatten(first))
+    inner = record(_Inner, x, source_of(x), scales, form, *flatten(first))
     return lora_linears(inner, [down])[0]
 
 
@@ -44,13 +86,15 @@ def tiled_mlp(
     layout: MlpLayout,
     activation: Activation,
     tile_rows: int | None = None,
+    pieces: GatedPieces | None = None,
 ) -> Tensor:
     """``reference.mlp`` in the tiled form; at most ``tile_rows`` tokens at a time, over batch and sequence
     together.
     """
+    form = _Form(layout, activation, pieces or TORCH)
     parts = [*first, down]
     scales = tuple(part.scale for part in parts)
-    out: Tensor = record(_Tiled, x, source_of(x), scales, layout, activation, tile_rows, *flatten(parts))
+    out: Tensor = record(_Tiled, x, source_of(x), scales, form, tile_rows, *flatten(parts))
     return out
 
 
@@ -61,9 +105,8 @@ def _gate_up(outputs: Sequence[Tensor], layout: MlpLayout, activation: Activatio
 
 
 def _inner_backward(
-    dh: Tensor, outputs: Sequence[Tensor], layout: MlpLayout, kind: Activation
+    dh: Tensor, outputs: Sequence[Tensor], layout: MlpLayout, kind: Activation, spent: bool
 ) -> list[Tensor]:
-    """Gradients of the first linears' outputs from the gradient of the inner product; everything as rows."""
     gate, up = split(outputs, layout)
     if up is None:
         return [activation_backward(dh, gate, kind)]
@@ -87,6 +130,9 @@ def activation_backward(dy: Tensor, x: Tensor, kind: Activation) -> Tensor:
     return gelu
 
 
+TORCH = GatedPieces(_gate_up, _inner_backward)
+
+
 class _Inner(torch.autograd.Function):
     """``act(gate(x)) * up(x)``; saves the linears' outputs and, unless its producer rebuilds it, x."""
 
@@ -96,8 +142,7 @@ class _Inner(torch.autograd.Function):
         x: Tensor,
         source: Node | None,
         scales: tuple[float, ...],
-        layout: MlpLayout,
-        activation: Activation,
+        form: _Form,
         *flat: Tensor | None,
     ) -> Tensor:
         parts = unflatten(flat, scales)
@@ -107,26 +152,28 @@ class _Inner(torch.autograd.Function):
         ctx.count = len(outputs)
         ctx.save_for_backward(*outputs, *([x] if source is None else []))
         ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
-        ctx.layout, ctx.activation, ctx.unpacked, ctx.rebuild = layout, activation, None, _rebuild_inner
-        inner = _gate_up(outputs, layout, activation)
+        ctx.form, ctx.unpacked, ctx.rebuild = form, None, _rebuild_inner
+        inner = form.inner(outputs)
         return like_input(inner, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
         parts = unflatten(ctx.held.get(), ctx.scales)
         tensors = release(ctx)
-        grads = _inner_backward(flat_rows(dh), tensors[: ctx.count], ctx.layout, ctx.activation)
+        outputs, spent = tensors[: ctx.count], not graph_is_kept()
+        grads = ctx.form.backward(flat_rows(dh), outputs, spent=spent)
         rows = small = None
         if any(part.a is not None for part in parts):
             x = tensors[ctx.count] if ctx.source is None else ctx.source.rebuild(ctx.source)
             rows = flat_rows(x)
             small = shrink(rows, parts)
-        dx, flat = backward_parts(rows, small, grads, parts, needed(ctx, before=5))
-        return (None if dx is None else dx.view(ctx.shape), None, None, None, None, *flat)
+        dx, flat = backward_parts(rows, small, grads, parts, needed(ctx, before=4))
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, *flat)
 
 
 def _rebuild_inner(node: Any) -> Tensor:
-    return _gate_up(saved(node)[: node.count], node.layout, node.activation)
+    inner: Tensor = node.form.inner(saved(node)[: node.count])
+    return inner
 
 
 class _Tiled(torch.autograd.Function):
@@ -136,8 +183,7 @@ class _Tiled(torch.autograd.Function):
         x: Tensor,
         source: Node | None,
         scales: tuple[float, ...],
-        layout: MlpLayout,
-        activation: Activation,
+        form: _Form,
         tile_rows: int | None,
         *flat: Tensor | None,
     ) -> Tensor:
@@ -145,30 +191,30 @@ class _Tiled(torch.autograd.Function):
         rows = flat_rows(x)
         out = rows.new_empty((rows.shape[0], parts[-1].weight.shape[0]))
         for tile in _tiles(rows.shape[0], tile_rows):
-            inner = _gate_up(_first(rows[tile], parts), layout, activation)
+            inner = form.inner(_first(rows[tile], parts))
             out[tile] = apply_parts(inner, shrink(inner, parts[-1:]), parts[-1:])[0]
         if source is None:
             ctx.save_for_backward(x)
         ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
-        ctx.layout, ctx.activation, ctx.tile_rows, ctx.unpacked = layout, activation, tile_rows, None
+        ctx.form, ctx.tile_rows, ctx.unpacked = form, tile_rows, None
         return like_input(out, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         parts = unflatten(ctx.held.get(), ctx.scales)
         rows = flat_rows(release(ctx)[0] if ctx.source is None else ctx.source.rebuild(ctx.source))
-        dy, needs = flat_rows(dy), needed(ctx, before=6)
+        dy, needs = flat_rows(dy), needed(ctx, before=5)
         dx = torch.empty_like(rows) if needs[0] else None
         total: list[Tensor | None] = [None] * (len(needs) - 1)
         for tile in _tiles(rows.shape[0], ctx.tile_rows):
-            dx_tile, new = _tile_backward(rows[tile], dy[tile], parts, ctx.layout, ctx.activation, needs)
+            dx_tile, new = _tile_backward(rows[tile], dy[tile], parts, ctx.form, needs)
             if dx is not None and dx_tile is not None:
                 dx[tile] = dx_tile
             total = [_add(*pair) for pair in zip(total, new, strict=True)]
         grads = [
             g if g is None or p is None else g.to(p.dtype) for g, p in zip(total, flatten(parts), strict=True)
         ]
-        return (None if dx is None else dx.view(ctx.shape), None, None, None, None, None, *grads)
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, None, *grads)
 
 
 def _first(x: Tensor, parts: Sequence[LoraPart]) -> list[Tensor]:
@@ -179,21 +225,19 @@ def _tile_backward(
     x: Tensor,
     dy: Tensor,
     parts: Sequence[LoraPart],
-    layout: MlpLayout,
-    activation: Activation,
+    form: _Form,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """One tile of the backward: gate and up again, then down, activation, gate and up backwards."""
     first, down = parts[:-1], parts[-1:]
     small = shrink(x, first)
     outputs = apply_parts(x, small, first)
-    inner = _gate_up(outputs, layout, activation)
+    inner = form.inner(outputs)
     cut = len(needs) - 4  # the down projection's four tensors come last
     dh, down_grads = backward_parts(inner, shrink(inner, down), [dy], down, [True, *needs[cut:]])
     assert dh is not None
-    dx, first_grads = backward_parts(
-        x, small, _inner_backward(dh, outputs, layout, activation), first, needs[:cut]
-    )
+    outer = form.backward(dh, outputs, spent=True)
+    dx, first_grads = backward_parts(x, small, outer, first, needs[:cut])
     return dx, first_grads + down_grads
 
 

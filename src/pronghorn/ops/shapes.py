@@ -50,3 +50,15 @@ class LogitStep(NamedTuple):
 
     kind: Literal["mul", "div", "tanh", "to"]
     value: object = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeForm:
+    """How a rotary embedding pairs dimensions and reads its table.
+
+    halves: dimension i turns with i + W/2; interleaved: 2i with 2i + 1. ``half_table``: both of pair i read
+    entry i of cos and sin; else each reads the entry of its own position.
+    """
+
+    pairs: Literal["halves", "interleaved"] = "halves"
+    half_table: bool = False

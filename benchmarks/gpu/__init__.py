@@ -1,0 +1,1 @@
+"""One step of LoRA training on one device, pronghorn beside its peers; see ``__main__``."""

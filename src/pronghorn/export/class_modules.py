@@ -1,0 +1,69 @@
+"""The modules of the class that a base's config.json names, by the names servers use; no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pronghorn.errors import NotSupportedError
+from pronghorn.sources.resolve import BASE_CONFIG, read_json
+
+# where the layers of the language model lie: multimodal classes today, multimodal files before
+# transformers 4.52, text classes
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+
+
+@dataclass(frozen=True)
+class ClassModule:
+    """A module with one weight matrix: its class's ``kind`` and the weight's ``shape``."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+
+def class_modules(base: Path) -> Mapping[str, ClassModule]:
+    """Linear layers and embeddings of the class named in config.json, built on the meta device.
+
+    Raises:
+        NotSupportedError: this transformers has no class of that name.
+    """
+    named = read_json(base / BASE_CONFIG).get("architectures") or [""]
+    found: Any = getattr(transformers, str(named[0]), None)
+    if found is None:
+        raise NotSupportedError(
+            f"transformers {transformers.__version__} has no class {named[0]!r}, which {base} names",
+            fix="install the transformers that the model asks for, or use --format merged_16bit",
+        )
+    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+    with torch.device("meta"):
+        model = found(config)
+    return {
+        name: ClassModule(_kind(module), tuple(module.weight.shape))
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dim() == 2
+    }
+
+
+def _kind(module: Any) -> str:
+    for kind in (torch.nn.Linear, torch.nn.Embedding):
+        if isinstance(module, kind):
+            return kind.__name__
+    return type(module).__name__
+
+
+def serving_name(module: str, known: Mapping[str, ClassModule]) -> str | None:
+    """A module of an adapter by its name in the class: prefixes are exchanged where they differ."""
+    if module in known:
+        return module
+    for prefix in TEXT_PREFIXES:
+        if module.startswith(prefix):
+            for other in TEXT_PREFIXES:
+                name = other + module.removeprefix(prefix)
+                if name in known:
+                    return name
+    return None

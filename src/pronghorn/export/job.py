@@ -1,0 +1,61 @@
+"""One export: where from, where to, and the check of what was staged before it appears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pronghorn.errors import VerificationError
+from pronghorn.export.merged import Progress
+from pronghorn.export.onto import Onto
+from pronghorn.export.verify import verify as check
+from pronghorn.export.vocabulary import TOKENIZER_FILES
+from pronghorn.sources.source import Source
+
+# marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named
+SUBFOLDER = "_pronghorn_subfolder"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``export`` was asked for, resolved."""
+
+    adapter: Source
+    base: Source
+    target: Path
+    overwrite: bool
+    verify: bool
+    progress: Progress | None
+    onto: Onto = "decoded"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer of training lies: with the adapter, or one up where PEFT made a subfolder."""
+        places = (self.adapter.path, self.adapter.path.parent)
+        named = places if self.adapter.config.get(SUBFOLDER) else places[:1]
+        return next((place for place in named if (place / TOKENIZER_FILES[1]).is_file()), places[0])
+
+
+def verified(
+    job: Job, staging: Path, *, against: Path | None, deep: bool | None = None
+) -> tuple[tuple[str, str], ...]:
+    """Check the staged folder, the deep part in a fresh process; a broken promise keeps it from appearing.
+
+    Raises:
+        VerificationError: a promise is broken, or could not be checked.
+    """
+    deep = against is not None if deep is None else deep
+    report = check(staging, deep=deep, against=against, base=job.base.path, onto=job.onto)
+    failure = report.first_failure
+    if failure is None:
+        return tuple((row.name, row.detail) for row in report.rows)
+    detail = failure.detail.replace(str(staging), str(job.target))
+    if failure.ok is None:
+        raise VerificationError(
+            f"{job.target} was not verified, so it was not written: {failure.name}: {detail}",
+            fix="remove the cause, or export with verify=False (--no-verify) and check it elsewhere",
+        )
+    raise VerificationError(
+        f"{job.target} was not written, it would break a promise: {failure.name}: {detail}",
+        fix="please report this; verify=False (--no-verify) writes the folder for a closer look",
+    )

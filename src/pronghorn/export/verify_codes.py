@@ -1,0 +1,115 @@
+"""Quantised folders in the layouts of compressed-tensors: are all parts there, and what do the codes mean?
+
+Headers and config only, without torch; ``verify_decode`` reads the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pronghorn.export.verify_folder import Finding, Folder, Tensor, promise, verdict
+
+_LAYOUTS = {"pack-quantized": (4, "int"), "int-quantized": (8, "int"), "float-quantized": (8, "float")}
+_CODES = {(4, "int"): "I32", (8, "int"): "I8", (8, "float"): "F8_E4M3"}
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A quantised weight: ``shape`` [out, in] of the weight, its codes and scales, bits and kind."""
+
+    shape: tuple[int, ...]
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    kind: str
+
+
+def settings(folder: Folder) -> dict[str, Any]:
+    """The quantization_config of a compressed-tensors folder; ``{}`` for any other folder."""
+    found = folder.config.get("quantization_config")
+    right = isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
+    return found if isinstance(found, dict) and right else {}
+
+
+def coded(folder: Folder) -> dict[str, Coded]:
+    """Weight name -> its parts, for every weight of the folder that is stored as codes with scales."""
+    bits, kind = _LAYOUTS.get(str(settings(folder).get("format")), (0, ""))
+    found: dict[str, Coded] = {}
+    for name, scale in folder.tensors.items():
+        if not bits or not name.endswith(".weight_scale"):
+            continue
+        module = name.removesuffix("weight_scale")
+        codes = folder.tensors.get(module + ("weight_packed" if bits == 4 else "weight"))
+        if codes is not None and len(codes.shape) == 2:
+            width = codes.shape[1] * (8 if bits == 4 else 1)
+            found[f"{module}weight"] = Coded((codes.shape[0], width), codes, scale, bits, kind)
+    return found
+
+
+def plain_tensors(folder: Folder) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every weight by its name before quantisation (a coded one has its scales' dtype)."""
+    weights = coded(folder)
+    parts = {name.removesuffix("weight") + part for name in weights
+             for part in ("weight_packed", "weight_scale", "weight_shape", "weight")}  # fmt: skip
+    plain = {n: (tensor.shape, tensor.dtype) for n, tensor in folder.tensors.items() if n not in parts}
+    return {**plain, **{name: (one.shape, one.scale.dtype) for name, one in weights.items()}}
+
+
+@promise("every quantised weight has all its parts")
+def codes_complete(folder: Folder) -> Finding:
+    """Codes, scales and shapes are there and fit; config.json says what both engines need to read them.
+
+    A missing scale loads as NaN in vLLM without a word, and transformers reads a folder without
+    quantization_status, or with the key compression_config, as garbage.
+    """
+    config = settings(folder)
+    if "compression_config" in folder.config:
+        return False, "config.json says compression_config, which transformers ignores in silence"
+    if not config:
+        return True, "not in a layout of compressed-tensors"
+    layout = _LAYOUTS.get(str(config.get("format")))
+    if layout is None:
+        return None, f"the layout {config.get('format')!r} is not known here"
+    problems = []
+    if config.get("quantization_status") != "compressed":
+        problems.append(
+            "quantization_config has no quantization_status 'compressed': transformers reads garbage"
+        )
+    problems += _part_problems(folder, layout)
+    problems += _shape_problems(folder, config)
+    heads = [name for name in folder.tensors if name.endswith("lm_head.weight")]
+    if heads and not any("lm_head" in str(name) for name in config.get("ignore") or ()):
+        problems.append("lm_head is in 16 bit and not in quantization_config's ignore: transformers fails")
+    return verdict(problems, f"{len(coded(folder))} weights of {layout[0]} bits, {config.get('format')}")
+
+
+def _part_problems(folder: Folder, layout: tuple[int, str]) -> list[str]:
+    """Parts without their partners."""
+    problems = []
+    names = folder.tensors
+    for name, tensor in names.items():
+        module, _, part = name.rpartition(".")
+        packed = part == "weight_packed" or (part == "weight" and tensor.dtype == _CODES[layout])
+        if packed and f"{module}.weight_scale" not in names:
+            problems.append(f"{module}.weight_scale is missing: vLLM would answer NaN")
+        if part == "weight_packed" and f"{module}.weight_shape" not in names:
+            problems.append(f"{module}.weight_shape is missing: transformers fails")
+        if part == "weight_scale":
+            codes = names.get(f"{module}.weight_packed" if layout[0] == 4 else f"{module}.weight")
+            if codes is None or codes.dtype != _CODES[layout]:
+                problems.append(f"{module} has scales and no codes of dtype {_CODES[layout]}")
+    return problems
+
+
+def _shape_problems(folder: Folder, config: Mapping[str, Any]) -> list[str]:
+    groups = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
+    size = next((weights.get("group_size") for weights in groups if weights.get("strategy") == "group"), None)
+    problems = []
+    for name, one in coded(folder).items():
+        columns = one.shape[1] // size if isinstance(size, int) and size > 0 else 1
+        if one.scale.shape != (one.shape[0], columns):
+            wanted = [one.shape[0], columns]
+            problems.append(f"the scales of {name} are {list(one.scale.shape)}, expected {wanted}")
+    return problems

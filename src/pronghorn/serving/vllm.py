@@ -1,0 +1,269 @@
+"""Serve a folder with vLLM: pre-flight without it, the exact command, and the server until it is ready."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pronghorn.adapters.portable import max_lora_rank
+from pronghorn.errors import (
+    AdapterError,
+    ConfigError,
+    MissingDependencyError,
+    NotSupportedError,
+    PronghornError,
+)
+from pronghorn.export.portable import served_pairs
+from pronghorn.export.verify import verify
+from pronghorn.export.verify_model import available_bytes
+from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, read_json, resolve, resolve_base
+from pronghorn.sources.source import SourceKind
+
+# vLLM's LoRA kernels index tokens by a grid of at most 65,535 blocks; 65,528 is the last multiple of 8
+MOST_BATCHED_TOKENS = 65_528
+# enough for a full prefill step; larger steps need more memory and gain little
+_USUAL_BATCHED_TOKENS = 8192
+_GIB = 2**30
+# beyond the weights: activations, CUDA graphs, the runtime
+_RESERVED_BYTES = 2 * _GIB
+_LARGEST_SHARE, _CPU_CACHE_GIB = 0.92, 4
+_INSTALL = "install vLLM in an environment of its own and name its interpreter: --vllm-python PATH"
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """How vLLM is to be started for one folder.
+
+    ``model`` is the folder vLLM loads; with ``adapter``, requests name the model ``name`` to get it.
+    ``arguments`` are keyword arguments of ``LLM``; ``environment`` variables to set.
+    """
+
+    model: Path
+    name: str
+    adapter: Path | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self) -> list[str]:
+        """``vllm serve`` with its arguments."""
+        words = ["vllm", "serve", str(self.model)]
+        for key, value in self.arguments.items():
+            flag = "--" + key.replace("_", "-")
+            words += [flag] if value is True else [flag, str(value)]
+        if self.adapter is None:
+            return [*words, "--served-model-name", self.name]
+        return [*words, "--lora-modules", f"{self.name}={self.adapter}"]
+
+    def line(self) -> str:
+        """The command as one types it, the environment in front."""
+        return " ".join([*(f"{k}={v}" for k, v in self.environment.items()), shlex.join(self.command())])
+
+    def python(self) -> str:
+        """The same engine from Python."""
+        given = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
+        call = f"LLM(model={str(self.model)!r}{', ' if given else ''}{given})"
+        if self.adapter is None:
+            return call
+        return f"{call}, and LoRARequest({self.name!r}, 1, {str(self.adapter)!r}) with each request"
+
+
+def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: str | None = None) -> ServePlan:
+    """Check a folder for vLLM, which need not be installed, and work out how it is started.
+
+    Args:
+        folder: A merged, quantised or base model, or an adapter (in any form that vLLM applies rightly).
+        base: For an adapter, where its base is; by default the recorded place.
+        name: The name requests use; by default the folder's.
+
+    Raises:
+        NotSupportedError: something vLLM refuses or ignores; each such thing is named with its remedy.
+        AdapterError: a module that vLLM would not find under its name.
+        SourceError, VerificationError: the folder is incomplete or breaks a promise.
+    """
+    path = Path(folder).expanduser()
+    if not (path / ADAPTER_CONFIG).is_file() or (path / BASE_CONFIG).is_file():
+        _check_model(path)
+        arguments, environment = _resources(path.resolve())
+        return ServePlan(path.resolve(), name or path.resolve().name, None, arguments, environment)
+    source = resolve(path)
+    if source.kind is not SourceKind.ADAPTER:
+        raise AdapterError(f"{folder} is not an adapter", fix="give the adapter's folder")
+    found = resolve_base(source, base=base)
+    adapter, served = served_pairs(source.path, found.path)
+    wrong = [one for one in served if one.module + ".weight" != one.pair.parameter]
+    if wrong:
+        raise AdapterError(
+            f"{folder} names {wrong[0].pair.parameter.removesuffix('.weight')}, the class that serves "
+            f"{found.path} {wrong[0].module}; vLLM would ignore the adapter and answer as the base",
+            fix=f"pronghorn export {folder} DIR --format adapter --base {found.path}",
+        )
+    arguments, environment = _resources(found.path)
+    rank = max(pair.rank for pair in adapter.pairs)
+    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
+    if (source.path / "tokenizer_config.json").is_file():
+        lora["tokenizer"] = str(source.path.resolve())  # vLLM does not look for one beside an adapter
+    most = min(arguments["max_num_batched_tokens"], MOST_BATCHED_TOKENS)
+    arguments = {**arguments, "max_num_batched_tokens": most, **lora}
+    place = source.path.resolve()
+    return ServePlan(found.path, name or place.name, place, arguments, environment)
+
+
+def _check_model(path: Path) -> None:
+    verify(path).raise_if_broken(allow_unverified=True)
+    method = (read_json(path / BASE_CONFIG).get("quantization_config") or {}).get("quant_method")
+    if method == "bitsandbytes":
+        raise NotSupportedError(
+            f"{path} is a bitsandbytes checkpoint, which vLLM reads no more since 0.28",
+            fix="export with --format w4a16, which vLLM reads itself; or install vllm-bnb-plugin beside vLLM",
+        )
+
+
+def _resources(model: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Context, tokens per step and memory for a model on this machine."""
+    config = read_json(model / BASE_CONFIG)
+    text = config.get("text_config") or config
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    per_token = _cache_bytes(text)
+    arguments: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        share = min(_LARGEST_SHARE, max(0.1, (free - _GIB) / total))
+        arguments["gpu_memory_utilization"] = int(share * 100) / 100
+        cache = int(share * total) - weights - _RESERVED_BYTES
+    else:
+        room = (available_bytes() - 2 * weights) // 2 // _GIB
+        gibibytes = max(1, min(_CPU_CACHE_GIB, room))
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(gibibytes)
+        cache = gibibytes * _GIB
+    longest = text.get("max_position_embeddings") or _USUAL_BATCHED_TOKENS
+    fits = max(256, cache // per_token // 16 * 16)
+    arguments["max_model_len"] = min(int(longest), fits)
+    arguments["max_num_batched_tokens"] = _USUAL_BATCHED_TOKENS
+    return arguments, environment
+
+
+def _cache_bytes(text: Mapping[str, Any]) -> int:
+    """Bytes of keys and values per token, in 16 bit."""
+    heads = text.get("num_attention_heads") or 1
+    width = text.get("head_dim") or (text.get("hidden_size") or heads) // heads
+    return (
+        2
+        * 2
+        * int(text.get("num_hidden_layers") or 1)
+        * int(text.get("num_key_value_heads") or heads)
+        * width
+    )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An interpreter with vLLM, its version, and the name of its distribution."""
+
+    python: Path
+    version: str
+    distribution: str = "vllm"
+
+    def start(self, plan: ServePlan) -> list[str]:
+        """The module that serves, with its arguments."""
+        if self.distribution == "vllm":
+            return ["vllm.entrypoints.cli.main", *plan.command()[1:]]
+        # `vllm serve` asks for a distribution named vllm and fails with vllm-cpu; this is what it starts
+        return ["vllm.entrypoints.openai.api_server", "--model", *plan.command()[2:]]
+
+
+def find_vllm(python: Path | None = None) -> Engine:
+    """The interpreter that has vLLM: the one named, else this one.
+
+    Raises:
+        MissingDependencyError: vLLM is not installed there.
+        ConfigError: ``python`` is no interpreter.
+    """
+    if python is None and find_spec("vllm") is None:
+        raise MissingDependencyError("vLLM is not installed beside pronghorn", fix=_INSTALL)
+    # not resolved: an environment's interpreter is a link, and the link's place names the environment
+    interpreter = Path(python or sys.executable).expanduser().absolute()
+    program = (
+        "from importlib.metadata import distributions\n"
+        "found = [d for d in distributions() if d.metadata['Name'] in ('vllm', 'vllm-cpu')][:1]\n"
+        "print(*(text for d in found for text in (d.version, d.metadata['Name'])))"
+    )
+    try:
+        done = subprocess.run([interpreter, "-c", program], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"{interpreter} is not a Python interpreter ({error})", fix=_INSTALL) from error
+    found = done.stdout.split()
+    if len(found) != 2:
+        raise MissingDependencyError(f"vLLM is not installed for {interpreter}", fix=_INSTALL)
+    return Engine(interpreter, *found)
+
+
+def serve(
+    plan: ServePlan,
+    engine: Engine,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    ready_seconds: float = 900,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run vLLM until it ends or Ctrl+C; says when requests are answered. Returns vLLM's exit code.
+
+    Raises:
+        PronghornError: vLLM ended, or did not answer in ``ready_seconds``, before it was ready.
+    """
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", **plan.environment, **os.environ}
+    started = time.monotonic()
+    command = [str(engine.python), "-m", *engine.start(plan), "--host", host, "--port", str(port)]
+    process = subprocess.Popen(command, env=environment)
+    try:
+        address = f"http://{host}:{port}"
+        while plan.name not in _models(address):
+            if process.poll() is not None:
+                raise PronghornError(
+                    f"vLLM {engine.version} ended with code {process.returncode} before it was ready; "
+                    "its last lines above say why",
+                    fix="pronghorn doctor --vllm-python PATH compares versions",
+                )
+            if time.monotonic() - started > ready_seconds:
+                raise PronghornError(
+                    f"vLLM was not ready after {ready_seconds:.0f} s", fix="allow more: --ready-seconds N"
+                )
+            time.sleep(0.5)
+        say(f"ready after {time.monotonic() - started:.0f} s: {address}/v1, model {plan.name!r}")
+        return process.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(process)
+
+
+def _models(address: str) -> list[str]:
+    """The models a server offers; none while it does not answer."""
+    try:
+        with urllib.request.urlopen(f"{address}/v1/models", timeout=2) as answer:
+            return [str(model["id"]) for model in json.load(answer)["data"]]
+    except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()

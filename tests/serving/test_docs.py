@@ -1,0 +1,30 @@
+"""The commands of docs/serving.md run as they are written there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.first_run import ROOT, commands
+from tests import tiny
+
+TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_run(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tiny.write_adapter(tmp_path / "helper", base, use_rslora=True))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    typed = commands(TEXT)
+    assert {line.split()[1] for line in typed} == {"export", "serve", "doctor"}
+    for command in typed:
+        assert command.startswith("pronghorn ")
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        if "export" in command:
+            assert "vllm serve" in done.stdout
