@@ -129,12 +129,14 @@ def _saved(model: Any, folder: Path) -> Path:
     return folder / "adapter"
 
 
-@pytest.mark.parametrize("method", ["merged_4bit", "merged_4bit_forced", "16bit", "", "Lora"])
+@pytest.mark.parametrize("method", ["merged_8bit", "16bit", "", "Lora"])
 def test_unknown_save_methods_list_the_valid_ones(base: Path, method: str, tmp_path: Path) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(ConfigError, match="save_method is") as caught:
         model.save_pretrained_merged(tmp_path / "merged", save_method=method)
-    assert "merged_16bit, w4a16, w8a8, fp8, adapter, lora" in caught.value.fix
+    assert (
+        "merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, adapter, lora" in caught.value.fix
+    )
     assert not (tmp_path / "merged").exists()
 
 
@@ -187,8 +189,8 @@ def test_a_base_changed_in_memory_is_not_silently_dropped(base: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
-        ({"load_in_4bit": True}, NotSupportedError, "load_in_4bit=True: quantised loading"),
-        ({"load_in_8bit": True}, NotSupportedError, "load_in_8bit=True"),
+        ({"load_in_8bit": True}, NotSupportedError, "load_in_8bit=True: loading in 8-bit"),
+        ({"load_in_4bit": True, "load_in_16bit": True}, ConfigError, "load_in_4bit=True contradicts"),
         ({"load_in_fp8": True}, NotSupportedError, "FP8"),
         ({"full_finetuning": True}, NotSupportedError, "only adapters are trained"),
         ({"rope_scaling": {"type": "linear"}}, NotSupportedError, "rope_scaling"),

@@ -123,8 +123,9 @@ class FastLanguageModel:
             model_name: a local folder, or a hub id.
             max_seq_length: longest sequence in tokens; None is 2048, or the model's own limit if less.
             dtype: None for the config's own, else bfloat16, float16 or float32.
-            load_in_4bit, load_in_8bit, full_finetuning, rope_scaling: not available yet.
-            load_in_16bit: what happens anyway.
+            load_in_4bit: hold the base in NF4 (a folder already in NF4 is loaded as it is anyway).
+            load_in_16bit: insist on a base that is not quantised.
+            load_in_8bit, full_finetuning, rope_scaling: not available.
             token: access token of the hub.
             device_map: None for the accelerator (or CPU), else as in transformers.
             trust_remote_code: run Python code that comes with the model.
@@ -142,7 +143,7 @@ class FastLanguageModel:
             SourceError, AdapterError: as for ``pronghorn.load``.
         """
         _refuse("from_pretrained", other, _LOAD_REFUSED, FastLanguageModel.from_pretrained)
-        _check_precision(load_in_4bit, load_in_8bit, load_in_16bit, dtype)
+        quantization = _precision(load_in_4bit, load_in_8bit, load_in_16bit, dtype)
         if full_finetuning:
             raise NotSupportedError("full_finetuning=True: only adapters are trained", fix="leave it out")
         if rope_scaling is not None:
@@ -155,6 +156,7 @@ class FastLanguageModel:
             max_seq_length=max_seq_length,
             dtype=dtype,
             device_map=device_map,
+            quantization=quantization,
             revision=revision,
             token=token,
             trust_remote_code=trust_remote_code,
@@ -290,15 +292,17 @@ def _refuse(call: str, given: Mapping[str, Any], known: Mapping[str, _Refused], 
             raise NotSupportedError(f"{name}={value!r}: {rule.reason}", fix=rule.fix)
 
 
-def _check_precision(four: bool, eight: bool, sixteen: bool | None, dtype: Any) -> None:
-    for bits, asked in ((4, four), (8, eight)):
-        if asked:
-            raise NotSupportedError(
-                f"load_in_{bits}bit=True: quantised loading is not available yet",
-                fix=f"use load_in_{bits}bit=False; the model is then loaded in 16-bit",
-            )
+def _precision(four: bool, eight: bool, sixteen: bool | None, dtype: Any) -> str | None:
+    """The ``quantization`` of LoadOptions that the keywords ask for."""
+    if eight:
+        raise NotSupportedError(
+            "load_in_8bit=True: loading in 8-bit is not available", fix="use load_in_4bit=True, or 16-bit"
+        )
+    if four and sixteen:
+        raise ConfigError("load_in_4bit=True contradicts load_in_16bit=True", fix="keep one of them")
     if sixteen and str(dtype).removeprefix("torch.") in ("float32", "fp32"):
         raise ConfigError(f"load_in_16bit=True contradicts dtype={dtype}", fix="keep one of them")
+    return "nf4" if four else "none" if sixteen else None
 
 
 def _checked_recompute(asked: Any) -> Any:

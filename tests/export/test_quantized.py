@@ -246,7 +246,7 @@ def test_models_that_are_not_proven_are_refused(tmp_path: Path, family: str, sai
 @pytest.mark.parametrize(
     ("asked", "said", "fix"),
     [
-        ("merged_4bit", "vllm-bnb-plugin", "use w4a16"),
+        ("nf4", "vllm-bnb-plugin", "use w4a16"),
         ("bitsandbytes", "vllm-bnb-plugin", "use w4a16"),
         ("nvfp4", "GPUs only", "use fp8"),
         ("gptq", "calibration", "use w4a16"),

@@ -133,7 +133,10 @@ def test_a_file_in_the_way_of_the_target(made: tuple[Path, Path], tmp_path: Path
 def test_formats_are_checked_first() -> None:
     with pytest.raises(NotSupportedError, match="'16bit' is not known") as caught:
         export("nowhere", "nowhere", format="16bit")
-    assert caught.value.fix == "choose one of merged_16bit, w4a16, w8a8, fp8, adapter, lora"
+    assert (
+        caught.value.fix
+        == "choose one of merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, adapter, lora"
+    )
 
 
 def test_adapters_of_any_name(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ PLACES: dict[str, tuple[str, ...]] = {
         "memory.layers",
         "ops.",
         "patching.",
+        "quant.",
+        "serving.compare",
         "serving.vllm",
         "training.",
         "weights.",
@@ -49,7 +51,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "numpy": ("export.merged",),
     "tokenizers": ("data.isolated",),
     "jinja2": ("export.verify_tokens",),
-    "bitsandbytes": (),
+    "bitsandbytes": ("quant.library",),
     "triton": ("ops.triton.",),
 }
 COMES_ALONG = frozenset({"triton"})  # with torch's builds for GPUs, and only there

@@ -19,7 +19,8 @@ class Origin:
 
     ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length;
     ``rows`` the embedding rows at load; ``seed`` and ``recompute`` are for an adapter trained later;
-    ``samples`` a few values of every weight at load.
+    ``samples`` a few values of every weight at load; ``quantised`` the file tensors held in NF4,
+    ``quantised_dtype`` what they decode to; ``report`` the LoadReport.
     """
 
     name: str
@@ -35,6 +36,9 @@ class Origin:
     recompute: bool | str = False
     rows: int | None = None
     samples: dict[str, str] = field(default_factory=dict)
+    quantised: tuple[str, ...] = ()
+    quantised_dtype: str | None = None
+    report: Any = None
 
 
 def base_of(model: Any) -> Any:

@@ -37,9 +37,9 @@ def library_versions(names: Iterable[str] = _LIBRARIES) -> dict[str, str]:
 def differences(recorded: AdapterRecord, now: AdapterRecord) -> list[str]:
     """A line for each setting in which ``now`` differs from the record of the training."""
     lines = []
-    for key in ("max_seq_length", "rank", "tied"):
+    for key in ("max_seq_length", "rank", "tied", "quantization", "quantised_dtype"):
         before, after = getattr(recorded, key), getattr(now, key)
-        if before is not None and before != after:
+        if (before is not None or key == "quantization") and before != after:
             lines.append(f"{key}: {before} at training, {after} now")
     if recorded.trainable and set(recorded.trainable) != set(now.trainable):
         gone = sorted(set(recorded.trainable) - set(now.trainable))

@@ -27,6 +27,9 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="The base; by default the one recorded with the adapter.")
     ] = None,
+    onto: Annotated[
+        str, typer.Option(help="Of a base in 4-bit: the decoded values trained on, or the original ones.")
+    ] = "decoded",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     adapter_name: Annotated[
         str | None, typer.Option(help="Which adapter, where the folder holds several.")
@@ -35,13 +38,14 @@ def export(
 ) -> None:
     """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
     from pronghorn.cli.tables import byte_bar, print_table
+    from pronghorn.export.onto import MergeFormat
     from pronghorn.export.run import export as run
 
     with byte_bar("writing", "finishing" if no_verify else "verifying in a fresh process") as progress:
         report = run(
             adapter,
             target,
-            format=format_,
+            format=MergeFormat(format_, onto),  # type: ignore[arg-type]  # it checks itself
             base=base,
             overwrite=overwrite,
             adapter_name=adapter_name,
@@ -53,7 +57,29 @@ def export(
         print_table(
             "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
         )
+    if report.onto is not None:
+        _print_drift(report, onto)
     _print_serving(report)
+
+
+def _print_drift(report: ExportReport, onto: str) -> None:
+    """How far what was written is from the model that was trained."""
+    from pronghorn.cli.compare import COLUMNS, table_rows
+    from pronghorn.cli.tables import print_table
+    from pronghorn.errors import PronghornError
+    from pronghorn.serving.compare import compare, drift_candidates
+
+    try:
+        measured = compare(drift_candidates(report.adapter, report.base, report.folder, onto))
+    except PronghornError as error:
+        print(
+            f"drift from the trained model was not measured: {error.message}\n"
+            f"  fix: pronghorn compare {report.adapter} {report.folder} --rows FILE"
+        )
+        return
+    print_table(
+        f"drift from the trained model, on {measured[0].tokens} tokens", COLUMNS, table_rows(measured)
+    )
 
 
 def _print_serving(report: ExportReport) -> None:
@@ -73,6 +99,8 @@ def _rows(report: ExportReport) -> Iterator[tuple[str, object]]:
     yield "tensors merged / copied", f"{report.tensors_merged} / {report.tensors_copied}"
     yield "written", f"{report.bytes_written / 1e6:,.1f} MB"
     yield "time", f"{report.seconds:.1f} s" + (", verification included" if report.checks else "")
+    if report.onto is not None:
+        yield "onto", report.onto
     if report.changed_share is not None:
         yield "elements changed", f"{report.changed_share:.2%} of the merged tensors"
     yield from (("changed", change) for change in report.changes)

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 QUANTISED = ("w4a16", "w8a8", "fp8")
-FORMATS = ("merged_16bit", *QUANTISED, "adapter", "lora")
+FORMATS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", *QUANTISED, "adapter", "lora")
 
 _BITSANDBYTES = (
-    "a bitsandbytes checkpoint: vLLM reads those only with vllm-bnb-plugin, and quantising again loses small "
-    "updates",
+    "a bitsandbytes checkpoint, which is called merged_4bit here: vLLM reads it only with vllm-bnb-plugin",
     "use w4a16: 4 bit, read by vLLM itself and by transformers",
 )
 _CALIBRATED = ("made with calibration data, which is not there", "use w4a16, which needs none")
@@ -19,7 +18,7 @@ _GPU_ONLY = ("read on GPUs only and not proven here", "use fp8 or w4a16")
 # what is asked for -> (what it is, what to use)
 _ANSWERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "merged_4bit": _BITSANDBYTES, "merged_4bit_forced": _BITSANDBYTES, "bnb-4bit": _BITSANDBYTES,
+        "bnb-4bit": _BITSANDBYTES,
         "bitsandbytes": _BITSANDBYTES, "nf4": _BITSANDBYTES, "gptq": _CALIBRATED, "awq": _CALIBRATED,
         "gguf": _GGUF, "q8_0": _GGUF, "q4_k_m": _GGUF, "nvfp4": _GPU_ONLY, "mxfp4": _GPU_ONLY,
     }

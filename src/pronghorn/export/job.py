@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pronghorn.errors import VerificationError
 from pronghorn.export.merged import Progress
+from pronghorn.export.onto import Onto
 from pronghorn.export.verify import verify as check
 from pronghorn.export.vocabulary import TOKENIZER_FILES
 from pronghorn.sources.source import Source
@@ -25,6 +26,7 @@ class Job:
     overwrite: bool
     verify: bool
     progress: Progress | None
+    onto: Onto = "decoded"
 
     @property
     def tokenizer(self) -> Path:
@@ -43,7 +45,7 @@ def verified(
         VerificationError: a promise is broken, or could not be checked.
     """
     deep = against is not None if deep is None else deep
-    report = check(staging, deep=deep, against=against, base=job.base.path)
+    report = check(staging, deep=deep, against=against, base=job.base.path, onto=job.onto)
     failure = report.first_failure
     if failure is None:
         return tuple((row.name, row.detail) for row in report.rows)

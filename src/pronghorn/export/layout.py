@@ -10,6 +10,7 @@ from math import prod
 
 from pronghorn.export.codes import Coded
 from pronghorn.export.plan import Change, MergePlan
+from pronghorn.quant.stored import StoredNF4
 from pronghorn.weights.reader import TORCH_DTYPES
 from pronghorn.weights.shards import LENGTH_BYTES, Shard, TensorEntry
 
@@ -62,7 +63,8 @@ def _shard(plan: MergePlan, shard: Shard) -> OutputShard:
         new = replace(base, name=tied.head_file)
         tensors.append(OutputTensor(new, (shard, base), plan.changes[tied.head_file]))
     shapes = [one.change.shape if one.change else one.entry.shape for one in tensors]
-    if shapes == [entry.shape for entry in shard.tensors.values()]:
+    packed = any(isinstance(one.change.quantised, StoredNF4) for one in tensors if one.change)
+    if not packed and shapes == [entry.shape for entry in shard.tensors.values()]:
         return OutputShard(shard.path.name, shard.prefix, tuple(tensors))
     sized = [replace(one.entry, shape=shape) for one, shape in zip(tensors, shapes, strict=True)]
     prefix, entries = write_header(shard.metadata, sized)

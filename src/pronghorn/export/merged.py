@@ -220,6 +220,8 @@ class _Merge:
         """The base's rows; fewer (or none) where the vocabulary was resized beyond them."""
         shard, entry = self.tensor.base
         flat = _flat(entry)
+        if self.change.quantised is not None:
+            return self.change.quantised.rows(first, last)
         return read_rows(shard, flat, min(first, flat.shape[0]), min(last, flat.shape[0]))
 
     def _tile(self, before: torch.Tensor, first: int, last: int, columns: int) -> torch.Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from pronghorn.adapters.files import AdapterFolder, LoraPair, TokenRows
 from pronghorn.adapters.merge import Update
 from pronghorn.errors import ExportError
 from pronghorn.export.tied import TiedPair, share
+from pronghorn.quant.stored import EncodedNF4, StoredNF4
 from pronghorn.weights import keymap
 from pronghorn.weights.folder import WeightFolder
 from pronghorn.weights.shards import TensorEntry
@@ -31,6 +33,7 @@ class Change:
     """What happens to a tensor of the base: ``source`` replaces it, ``update`` is added, ``tokens`` set rows.
 
     ``bias`` is LoRA's own bias, added after scaling. ``shape`` is the shape that is written.
+    ``quantised`` gives the rows to start from, where the base is merged onto as it was in 4-bit.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +41,7 @@ class Change:
     update: Update | None = None
     tokens: TokenRows | None = None
     bias: LoraPair | None = None
+    quantised: StoredNF4 | EncodedNF4 | None = None
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
@@ -64,14 +68,26 @@ class MergePlan:
     untied: TiedPair | None = None
     vocabulary: int | None = None
 
+    @property
+    def same_layout(self) -> bool:
+        """Whether every tensor keeps its name, shape and dtype in the files."""
+        stored = any(isinstance(change.quantised, StoredNF4) for change in self.changes.values())
+        return self.untied is None and self.vocabulary is None and not stored
 
-def plan_merge(weights: WeightFolder, config: Mapping[str, Any], adapter: AdapterFolder) -> MergePlan:
+
+def plan_merge(
+    weights: WeightFolder,
+    config: Mapping[str, Any],
+    adapter: AdapterFolder,
+    quantised: Mapping[str, StoredNF4 | EncodedNF4] = MappingProxyType({}),
+) -> MergePlan:
     """Assign every adapter tensor to a tensor of the base.
 
     Args:
         weights: the base's weights.
         config: the base's config.json.
         adapter: the adapter to merge.
+        quantised: tensors that are written as they decode from 4-bit, adapted or not.
 
     Raises:
         ExportError: an adapter tensor fits no tensor of the base, or not by its shape; the message names it.
@@ -85,10 +101,14 @@ def plan_merge(weights: WeightFolder, config: Mapping[str, Any], adapter: Adapte
     for pair in adapter.pairs:
         if pair.a.name not in skipped:
             builder.update(pair)
-    for rows in adapter.tokens:
-        if rows.entry.name not in skipped:
-            builder.set_rows(rows)
-    changes = builder.finish()
+    for tokens in adapter.tokens:
+        if tokens.entry.name not in skipped:
+            builder.set_rows(tokens)
+    changes = dict(builder.finish())
+    for name, rows in quantised.items():
+        change = changes.get(name, Change(weights.tensors[name][1].shape))
+        if change.source is None:
+            changes[name] = replace(change, quantised=rows)
     _check_all_used(adapter, changes, skipped)
     vocabulary = _vocabulary(weights, changes, tied)
     return MergePlan(weights, adapter, changes, tied if tied and tied.untie else None, vocabulary)

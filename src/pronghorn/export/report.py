@@ -17,7 +17,8 @@ class ExportReport:
     """The result of ``export``.
 
     ``changed_share`` is the share of elements that differ from the base's, of all elements in merged tensors
-    (None for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``left_out`` the
+    (None for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``onto`` says
+    onto what a base in 4-bit was merged; ``left_out`` the
     base's files that were not copied. ``verified`` is None where no check was asked for; otherwise ``checks``
     are its rows.
     """
@@ -34,6 +35,7 @@ class ExportReport:
     changes: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: float
+    onto: str | None = None
     verified: bool | None = None
     checks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,20 @@ from pronghorn.export.formats import QUANTISED, unknown_format
 from pronghorn.export.job import SUBFOLDER, Job, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
+from pronghorn.export.onto import MergeFormat, base_weights
+from pronghorn.export.packed import NOTE, write_packed
 from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
 from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
-from pronghorn.export.vocabulary import TOKENIZER_FILES, FolderEdits, merged_files
+from pronghorn.export.vocabulary import (
+    CONFIG,
+    TOKENIZER_FILES,
+    FolderEdits,
+    merged_files,
+    remove_quantization,
+)
+from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import (
     ADAPTER_CONFIG,
@@ -42,7 +52,7 @@ def export(
     adapter: str | Path,
     target: str | Path,
     *,
-    format: str = "merged_16bit",
+    format: str | MergeFormat = "merged_16bit",
     base: str | Path | None = None,
     overwrite: bool = False,
     adapter_name: str | None = None,
@@ -55,8 +65,9 @@ def export(
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
         format: "merged_16bit", the base with the adapter merged in; "w4a16", "w8a8" or "fp8", the same
-            quantised for vLLM and transformers (compressed-tensors); "adapter", the adapter in the portable
-            form that vLLM, llama.cpp and PEFT read alike; "lora", the adapter as it is and its tokenizer.
+            quantised for vLLM and transformers (compressed-tensors); "merged_4bit", the same in bitsandbytes'
+            NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read alike; "lora",
+            the adapter as it is and its tokenizer. A MergeFormat also says onto which values of a 4-bit base.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -69,8 +80,9 @@ def export(
         ExportError: an adapter tensor has no place in the base, or the disk refuses; nothing appears.
         VerificationError: the result broke a promise; nothing appears.
     """
-    if format not in _FORMATS:
-        message, fix = unknown_format(format)
+    wanted = format if isinstance(format, MergeFormat) else MergeFormat(format)
+    if wanted.name not in _FORMATS:
+        message, fix = unknown_format(wanted.name)
         raise NotSupportedError(message, fix=fix)
     started = time.perf_counter()
     source = _find_adapter(adapter, adapter_name)
@@ -78,9 +90,9 @@ def export(
     found = resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
-    job = Job(source, found, goal, overwrite, verify, progress)
+    job = Job(source, found, goal, overwrite, verify, progress, wanted.onto)
     with _disk_errors(goal):
-        report = _FORMATS[format](job)
+        report = _FORMATS[wanted.name](job)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -119,15 +131,17 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def _merged(job: Job, quantised: str | None = None) -> ExportReport:
-    weights = open_weights(job.base.path)
     adapter = read_adapter(job.adapter.path)
-    plan = plan_merge(weights, job.base.config, adapter)
+    base = base_weights(job.base, adapter.record, job.onto)
+    weights = base.weights
+    plan = plan_merge(weights, job.base.config, adapter, base.quantised)
     zero = _check_values(plan)
     codes = plan_quantisation(quantised, weights, job.base.config, job.base.path) if quantised else None
     shards = lay_out(plan) if codes is None else lay_out_codes(lay_out(plan), codes)
     edits = merged_files(
         job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
     )
+    remove_quantization(edits, job.base.path)
     if codes is not None:
         _add_quantisation(edits, codes, job.base.path)
     copied, left = small_files(job.base.path)
@@ -154,10 +168,33 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
         changed_share=changed_share(counts),
         warnings=merge_warnings(counts, updated, zero),
         changes=tuple(edits.listed) if codes is None else (codes.told, *edits.listed),
+        onto=base.note,
         left_out=left_out(weights, left),
         seconds=0.0,
         verified=True if job.verify else None,
         checks=checks,
+    )
+
+
+def _packed(job: Job) -> ExportReport:
+    """The merged model, verified in 16-bit and then written in NF4."""
+    goal = job.target
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
+        report = _merged(replace(job, target=Path(scratch) / "merged", overwrite=False))
+        stored = stored_4bit(job.base.config, open_weights(job.base.path))
+        with StagedFolder(goal, job.overwrite) as staging:
+            count = write_packed(report.folder, staging, stored or None)
+            rows = verified(job, staging, against=None, deep=True) if job.verify else ()
+            written = sum(path.stat().st_size for path in staging.iterdir())
+    return replace(
+        report,
+        folder=goal,
+        format="merged_4bit",
+        bytes_written=written,
+        changes=(*report.changes, f"{CONFIG}: quantization_config of {count} tensors in NF4"),
+        warnings=(*report.warnings, NOTE),
+        checks=(*report.checks, *rows),
     )
 
 
@@ -196,7 +233,7 @@ def _write_index(plan: MergePlan, shards: tuple[OutputShard, ...], staging: Path
     index = plan.weights.index
     if index is None:
         return
-    if same and plan.untied is None and plan.vocabulary is None:
+    if same and plan.same_layout:
         (staging / index.name).write_bytes(index.read_bytes())
         return
     document = json.loads(index.read_text(encoding="utf-8"))
@@ -246,6 +283,8 @@ def _lora(job: Job) -> ExportReport:
 _FORMATS: dict[str, Callable[[Job], ExportReport]] = {
     "merged_16bit": _merged,
     **{name: partial(_merged, quantised=name) for name in QUANTISED},
+    "merged_4bit": _packed,
+    "merged_4bit_forced": _packed,
     "adapter": write_portable,
     "lora": _lora,
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 from pronghorn.errors import PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
-from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row, without_quantization
 from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
 from pronghorn.export.verify_weights import (
     config_sane,
@@ -118,6 +118,7 @@ def verify(
     deep: bool = False,
     against: str | Path | None = None,
     base: str | Path | None = None,
+    onto: str = "decoded",
 ) -> VerifyReport:
     """Check a model or adapter folder, made by pronghorn or by any other tool.
 
@@ -127,6 +128,7 @@ def verify(
         against: The adapter folder that it was merged from. With ``deep``, logits and greedy answers must be
             those of base + adapter, computed by plain PEFT in float32.
         base: The base folder. By default the one recorded beside the adapter.
+        onto: "original": of a base that was in 4-bit at training, the 16-bit values were merged onto.
 
     Raises:
         SourceError: ``folder``, ``against`` or ``base`` is not a folder, or ``folder`` holds no model.
@@ -136,13 +138,17 @@ def verify(
     adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
     base_path = _existing(base, "base folder") if base is not None else _recorded_base(adapter or path)
     if deep:
-        return _in_fresh_process(path, adapter, base_path)
+        return _in_fresh_process(path, adapter, base_path, onto)
     return check_files(path, base_path)
 
 
 def check_files(folder: Path, base: Path | None) -> VerifyReport:
     """The shallow part: headers and JSON files only."""
     view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
+    if view.base is not None and any(
+        one.config != without_quantization(one.config) for one in (view, view.base)
+    ):
+        view = Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
     if view.is_adapter:
         promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
     else:
@@ -215,10 +221,11 @@ def _recorded_base(folder: Path) -> Path | None:
     return None
 
 
-def _in_fresh_process(folder: Path, against: Path | None, base: Path | None) -> VerifyReport:
+def _in_fresh_process(folder: Path, against: Path | None, base: Path | None, onto: str) -> VerifyReport:
     command = [sys.executable, "-m", "pronghorn.export.verify", str(folder), "--deep", "--json"]
     command += ["--against", str(against)] if against else []
     command += ["--base", str(base)] if base else []
+    command += ["--onto", onto]
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
@@ -243,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deep", action="store_true", help="load it and compare what it computes")
     parser.add_argument("--against", help="the adapter folder it was merged from")
     parser.add_argument("--base", help="the base folder; by default the recorded one")
+    parser.add_argument("--onto", choices=("decoded", "original"), default="decoded", help="of a 4-bit base")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--allow-unverified", action="store_true", help="0 although something was not checked"
@@ -272,7 +280,7 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
     base = (
         _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
     )
-    rows = compute_promises(report.folder, adapter, base)
+    rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded")
     return VerifyReport(report.folder, report.kind, report.rows + rows)
 
 

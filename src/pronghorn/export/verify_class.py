@@ -36,7 +36,9 @@ def class_agrees(folder: Path) -> Row:
     named = Folder(folder).config.get("architectures")
     if found is None:
         return Row(name, None, f"transformers {transformers.__version__} has no class {named}")
-    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    # 4-bit tensors cannot be put together on the meta device
+    place = "cpu" if Folder(folder).config.get("quantization_config") else "meta"
+    options = {"device_map": place, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         _, info = found.from_pretrained(folder, local_files_only=True, **options)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, AssertionError) as error:

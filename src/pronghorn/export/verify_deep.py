@@ -8,6 +8,7 @@ there, weights are compared file against file and everything else is reported as
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from pronghorn.export import verify_model
+from pronghorn.export import verify_model, verify_quant
 from pronghorn.export.verify_class import class_agrees
 from pronghorn.export.verify_codes import settings
 from pronghorn.export.verify_decode import QUALITY, load_decoded, quality, size_told
@@ -79,8 +80,14 @@ class Truth:
         return Gap(by_size, REFERENCE_FACTOR * self.reference.rms + self.noise)
 
 
-def compute_promises(folder: Path, adapter: Path | None, base: Path | None) -> tuple[Row, ...]:
-    """Every row of the deep part for a model or adapter folder whose files are in order."""
+def compute_promises(
+    folder: Path, adapter: Path | None, base: Path | None, *, decode: bool = True
+) -> tuple[Row, ...]:
+    """Every row of the deep part for a model or adapter folder whose files are in order.
+
+    A base that was in 4-bit at training is first written out as it decodes, beside the temporary files of
+    this machine; with ``decode`` false its 16-bit values are taken.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     view = Folder(folder)
@@ -89,11 +96,14 @@ def compute_promises(folder: Path, adapter: Path | None, base: Path | None) -> t
         return tuple(_alone(view))
     if base is None:
         return (Row(LOGITS, None, f"the base of {adapter} is not on this machine; give --base"),)
-    if Folder(base).config.get("quantization_config"):
-        return (
-            Row(LOGITS, None, f"the base {base} is quantised; base + adapter in float32 is not its truth"),
-        )
-    return tuple(_against(view, adapter, Folder(base)))
+    trained, dtype = verify_quant.trained_in_4bit(adapter)
+    stored = verify_quant.is_quantised(Folder(base))
+    if not (decode and (trained or stored)):
+        return tuple(_against(view, adapter, Folder(base)))
+    with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
+        quantised = frozenset() if stored else trained
+        decoded = verify_quant.write_decoded(Folder(base), quantised, dtype, Path(scratch))
+        return tuple(_against(view, adapter, decoded))
 
 
 def _alone(view: Folder) -> Iterator[Row]:

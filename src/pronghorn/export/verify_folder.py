@@ -219,3 +219,12 @@ class Promise:
 def promise(name: str) -> Callable[[Callable[[Folder], Finding]], Promise]:
     """Make a check of a folder a promise of that name."""
     return lambda check: Promise(name, check)
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without any quantization_config, nested ones included."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }

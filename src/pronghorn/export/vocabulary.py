@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pronghorn.export.onto import without_quantization
 from pronghorn.sources.resolve import read_json
 
 TOKENIZER = "tokenizer.json"
@@ -68,6 +69,15 @@ def merged_files(base: Path, adapter: Path, *, vocabulary: int | None, untied: b
         if document != originals[name]:
             edits.files[name] = _dump(document)
     return edits
+
+
+def remove_quantization(edits: FolderEdits, base: Path) -> None:
+    """Take every quantization_config out of config.json: what is written is in 16-bit."""
+    content = edits.files.get(CONFIG)
+    document = json.loads(content) if content else read_json(base / CONFIG)
+    if without_quantization(document):
+        edits.files[CONFIG] = _dump(document)
+        edits.listed.append(f"{CONFIG}: quantization_config removed")
 
 
 _DOCUMENTS = (CONFIG, GENERATION, SETTINGS, SPECIAL_MAP, ADDED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pronghorn.loading.options import DEFAULT_MAX_SEQ_LENGTH, LoadOptions
 from pronghorn.loading.strict import load_base
 from pronghorn.loading.tokenizer import check_rows, has_tokenizer, load_tokenizer
 from pronghorn.memory import recompute
+from pronghorn.quant.library import linears_4bit
 from pronghorn.sources.resolve import resolve, resolve_base
 from pronghorn.sources.source import Source, SourceKind
 from pronghorn.weights.folder import fingerprint, open_weights
@@ -50,7 +52,7 @@ def load(
         return _load_with_adapter(source, options, say or _silent)
     if options.base is not None:
         raise ConfigError(f"base is set, but {source.name} is no adapter", fix="leave base out")
-    return _load_base(source, source.path, options, None)
+    return _load_base(source, source.path, options, None, say or _silent)
 
 
 def _silent(line: str) -> None:
@@ -64,7 +66,10 @@ def _load_with_adapter(source: Source, options: LoadOptions, say: Callable[[str]
     record = read_record(source.path)
     folder = source.path if has_tokenizer(source.path) else base.path
     recorded = record.max_seq_length if record else None
-    model, tokenizer = _load_base(base, folder, options, recorded)
+    if record is not None and record.quantization and options.quantization is None:
+        held = record.quantised_dtype if options.torch_dtype() == "auto" else options.dtype
+        options = replace(options, quantization=record.quantization, dtype=held)
+    model, tokenizer = _load_base(base, folder, options, recorded, say)
     wrapped = load_adapter(model, source)
     check_rows(folder, tokenizer, wrapped.get_input_embeddings().weight.shape[0])
     kept = "keep" if source.config.get("ensure_weight_tying") else None
@@ -77,15 +82,22 @@ def _load_with_adapter(source: Source, options: LoadOptions, say: Callable[[str]
 
 
 def _load_base(
-    base: Source, tokenizer_folder: Path, options: LoadOptions, recorded_length: int | None
+    base: Source,
+    tokenizer_folder: Path,
+    options: LoadOptions,
+    recorded_length: int | None,
+    say: Callable[[str], None],
 ) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=options.trust_remote_code)
-    model = load_base(
+    loaded = load_base(
         base,
         dtype=options.torch_dtype(),
         device_map=_placement(options),
         trust_remote_code=options.trust_remote_code,
+        quantization=options.quantization,
     )
+    model = loaded.model
+    say(f"{base.name}: {loaded.report}")
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer_folder == base.path:
         check_rows(tokenizer_folder, tokenizer, rows)
@@ -106,11 +118,20 @@ def _load_base(
         samples=sample_weights(model),
         seed=options.seed,
         rows=rows,
+        quantised=tuple(loaded.files.values()),
+        quantised_dtype=_decoded_dtype(model) if loaded.files else None,
+        report=loaded.report,
     )
     remember(model, origin)
     if options.recompute:
         recompute.enable(model)
     return model, tokenizer
+
+
+def _decoded_dtype(model: Any) -> str:
+    """What the 4-bit weights decode to (one dtype: transformers makes them so)."""
+    _, module = next(linears_4bit(model))
+    return str(module.weight.quant_state.dtype).removeprefix("torch.")
 
 
 def _placement(options: LoadOptions) -> Any:

@@ -19,6 +19,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "float16": torch.float16, "fp16": torch.float16,
     }
 )  # fmt: skip
+QUANTIZATIONS = (None, "nf4", "none")
 DEFAULT_MAX_SEQ_LENGTH = 2048
 _PLACEMENTS = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
 _DEVICE_TYPES = frozenset({"cpu", "cuda", "xpu", "mps", "hpu", "npu"})
@@ -40,6 +41,9 @@ class LoadOptions:
     """Access token of the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    quantization: str | None = None
+    """None: as the folder's content says (and as an adapter was trained); "nf4": the base in 4-bit; "none":
+    the base in 16-bit. A request that contradicts the content is an error."""
     recompute: bool = False
     """Recompute activations in the backward pass (gradient checkpointing) instead of keeping them."""
     seed: int = 3407
@@ -53,6 +57,11 @@ class LoadOptions:
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
             raise ConfigError(f"max_seq_length is {length!r}", fix="give a number of tokens, or None")
         self.torch_dtype()
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization is {self.quantization!r}; the base can be loaded in 16-bit or in NF4",
+                fix='use "nf4", "none", or None for what the folder holds',
+            )
         if isinstance(self.device_map, str) and self.device_map not in _PLACEMENTS:
             kind, _, index = self.device_map.partition(":")
             if kind not in _DEVICE_TYPES or (index and not index.isdecimal()):

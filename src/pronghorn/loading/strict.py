@@ -6,37 +6,70 @@ meta device before a byte of the weights is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pronghorn.errors import NotSupportedError, SourceError
+from pronghorn.errors import NotSupportedError, PronghornError, SourceError
+from pronghorn.loading.four_bit import left_of_stored, load_encoded, plan_load, settle, stored_modules
+from pronghorn.loading.report import LoadReport, memory, report_load
 from pronghorn.sources.source import Source
 
 _SHOWN = 8
 
 
-def load_base(source: Source, *, dtype: torch.dtype | str, device_map: Any, trust_remote_code: bool) -> Any:
+@dataclass(frozen=True)
+class Loaded:
+    """A base in memory; ``files`` are the file tensors of its 4-bit modules by module name."""
+
+    model: Any
+    report: LoadReport
+    files: Mapping[str, str]
+
+
+def load_base(
+    source: Source,
+    *,
+    dtype: torch.dtype | str,
+    device_map: Any,
+    trust_remote_code: bool,
+    quantization: str | None = None,
+) -> Loaded:
     """Load the causal language model of a base folder, in evaluation mode.
 
     Raises:
-        SourceError: the config builds no model, or its tensors and those of the files differ.
+        SourceError: the config builds no model, its tensors and those of the files differ, or "nf4" found
+            nothing to quantise.
+        ConfigError: ``quantization`` contradicts what the folder holds.
         NotSupportedError: the model is no causal language model.
     """
+    plan = plan_load(source, quantization)
+    before = memory()
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = _config(source, common)
-    with _quiet():
-        _, info = _build(
-            source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
-        )
+    blank: Any = None
+    if not plan.stored:  # 4-bit tensors cannot be put together on the meta device
+        with _quiet():
+            blank, info = _build(
+                source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
+            )
+        _check(source, info)
+    if plan.encode:
+        held = blank.dtype if isinstance(dtype, str) else dtype
+        with _load_errors(source):
+            model, info, choice = load_encoded(source, plan, config, blank, held, device_map)
+        files, left = choice.files, choice.left
+    else:
+        model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
+        files, left = stored_modules(model, plan), left_of_stored(model, plan) if plan.stored else {}
     _check(source, info)
-    model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
-    _check(source, info)
-    return model.eval()
+    settle(source, model, frozenset(files))
+    return Loaded(model.eval(), report_load(model, left, before), files)
 
 
 def _config(source: Source, common: dict[str, Any]) -> Any:
@@ -56,9 +89,16 @@ def _config(source: Source, common: dict[str, Any]) -> Any:
 
 
 def _build(source: Source, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    try:
+    with _load_errors(source):
         model, info = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **arguments)
-    except torch.OutOfMemoryError:
+    return model, info
+
+
+@contextmanager
+def _load_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, PronghornError):
         raise
     except (
         ValueError,
@@ -73,7 +113,6 @@ def _build(source: Source, **arguments: Any) -> tuple[Any, dict[str, Any]]:
             f"{source.path} cannot be loaded as a causal language model: {type(error).__name__}: {error}",
             fix="check that config.json belongs to these weights and that transformers knows the model",
         ) from error
-    return model, info
 
 
 def _check(source: Source, info: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pronghorn.patching.proof import FLOOR, Verdict, worst
 from pronghorn.patching.report import PatchReport
 from pronghorn.patching.trace import sample_batch, train_mode
+from pronghorn.quant.library import linears_4bit
 
 # a float32 copy of the model is the truth for a narrower one; above this size it is not made
 COPY_BYTES = 4 * 2**30
@@ -61,6 +62,14 @@ def _compare(base: Any, report: PatchReport, without: tuple[str, ...]) -> Verdic
     return verdict if verdict.passed else _compare_on(base, report, without, MORE_BATCHES)
 
 
+def _in_float32(base: Any) -> Any:
+    """A float32 copy; 4-bit weights stay as they are and are computed with in float32."""
+    clone = torch.nn.Module.float(copy.deepcopy(base))  # transformers' own refuses a model in 4-bit
+    for _, module in linears_4bit(clone):
+        module.compute_dtype = torch.float32
+    return clone
+
+
 def _compare_on(base: Any, report: PatchReport, without: tuple[str, ...], rounds: int) -> Verdict:
     """In the model's own dtype, against a wider truth where a float32 copy is affordable."""
     own = next(p.dtype for p in base.parameters() if p.is_floating_point() and p.dim() > 1)
@@ -68,7 +77,7 @@ def _compare_on(base: Any, report: PatchReport, without: tuple[str, ...], rounds
     with report.disabled():
         plain = _pooled(base, batches)
         wide = own == torch.float32 or sum(p.numel() for p in base.parameters()) * 4 > COPY_BYTES
-        truth = list(plain) if wide else _pooled(copy.deepcopy(base).float(), batches)
+        truth = list(plain) if wide else _pooled(_in_float32(base), batches)
     with report.disabled(without):
         try:
             ours = _pooled(base, batches)

@@ -42,7 +42,7 @@ def check_base_config(path: Path, config: Mapping[str, Any], weights: WeightFold
 
     Raises:
         SourceError: a missing model_type, an impossible size or layer count, or code named by the config.
-        NotSupportedError: quantised weights.
+        NotSupportedError: weights quantised in a format other than NF4.
     """
     if not isinstance(config.get("model_type"), str):
         raise SourceError(
@@ -58,17 +58,30 @@ def check_base_config(path: Path, config: Mapping[str, Any], weights: WeightFold
     largest = max((max(entry.shape, default=1) for _, entry in weights.tensors.values()), default=1)
     for key, value in _walk(config):
         if key == "quantization_config" and value:
-            method = value.get("quant_method", "unknown") if isinstance(value, Mapping) else value
-            raise NotSupportedError(
-                f"{path} describes quantised weights ({method}), which cannot be fine-tuned here yet",
-                fix="use the 16-bit weights of the same model",
-            )
+            _check_quantization(path, value)
         if key in _CODE_KEYS and isinstance(value, str) and "/" in value:
             raise SourceError(
                 f"{path} sets {key} to {value!r}, a kernel to be fetched from a repository",
                 fix=f"remove {key} from config.json if you trust the rest of the model",
             )
         _check_number(path, key, value, layers, largest)
+
+
+def _check_quantization(path: Path, value: Any) -> None:
+    """One format of quantised weights can be used: bitsandbytes' NF4."""
+    found = value if isinstance(value, Mapping) else {"quant_method": value}
+    method = found.get("quant_method", "bitsandbytes" if found.get("load_in_4bit") else "unknown")
+    kind = str(method)
+    if method == "bitsandbytes":
+        kind += ", 8-bit" if not found.get("load_in_4bit") else f", {found.get('bnb_4bit_quant_type', 'fp4')}"
+        if found.get("bnb_4bit_quant_storage", "uint8") not in ("uint8", None):
+            kind += f" stored as {found['bnb_4bit_quant_storage']}"
+    if kind != "bitsandbytes, nf4":
+        raise NotSupportedError(
+            f"{path} describes quantised weights ({kind}), which cannot be fine-tuned here; "
+            "bitsandbytes NF4 and 16-bit weights can",
+            fix="use the 16-bit weights of the same model, quantised on loading (quantization: nf4)",
+        )
 
 
 def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,8 @@ class AdapterRecord:
     the hub commit (None for local folders), ``base_fingerprint`` a content fingerprint ("ph1:..."); ``tied``
     is "keep" or "untie" where tied embeddings were trained; ``trainable`` are the trained tensors by their
     names in the PEFT model; ``vocab_rows`` is the number of embedding rows where the vocabulary was resized.
+    ``quantization`` is "nf4" where the base was held in 4-bit; ``quantised`` are then the tensors of its
+    files that were, and ``quantised_dtype`` ("bfloat16", ...) is what they decoded to.
     """
 
     base_name: str
@@ -33,9 +35,13 @@ class AdapterRecord:
     trainable: tuple[str, ...] = ()
     rank: int | None = None
     vocab_rows: int | None = None
+    quantization: str | None = None
+    quantised_dtype: str | None = None
+    quantised: tuple[str, ...] = ()
 
 
-_OPTIONAL_TEXT = ("base_revision", "base_path", "base_fingerprint", "tied")
+_OPTIONAL_TEXT = ("base_revision", "base_path", "base_fingerprint", "tied", "quantization", "quantised_dtype")
+_LISTS = ("trainable", "quantised")
 _OPTIONAL_COUNT = ("max_seq_length", "rank", "vocab_rows")
 
 
@@ -57,11 +63,12 @@ def read_record(folder: Path) -> AdapterRecord | None:
     _check(path, raw)
     known = {one.name for one in fields(AdapterRecord)}
     kept = {key: value for key, value in raw.items() if key in known}  # a newer version may have added keys
-    return AdapterRecord(**{**kept, "trainable": tuple(kept.get("trainable", ()))})
+    lists = {key: tuple(kept.get(key, ())) for key in _LISTS}
+    return AdapterRecord(**{**kept, **lists})
 
 
 def _check(path: Path, raw: dict[str, Any]) -> None:
-    versions, trainable = raw.get("versions", {}), raw.get("trainable", [])
+    versions = raw.get("versions", {})
     if not isinstance(raw.get("base_name"), str):
         raise _broken(path, "base_name is not a text")
     for key in _OPTIONAL_TEXT:
@@ -73,8 +80,12 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
             raise _broken(path, f"{key} is not a count")
     if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
         raise _broken(path, "versions is not a map of texts")
-    if not isinstance(trainable, list) or not all(isinstance(value, str) for value in trainable):
-        raise _broken(path, "trainable is not a list of texts")
+    for key in _LISTS:
+        named = raw.get(key, [])
+        if not isinstance(named, list) or not all(isinstance(value, str) for value in named):
+            raise _broken(path, f"{key} is not a list of texts")
+    if raw.get("quantization") not in (None, "nf4"):
+        raise _broken(path, f"quantization is {raw['quantization']!r}, which this version does not know")
 
 
 def _broken(path: Path, reason: str) -> AdapterError:

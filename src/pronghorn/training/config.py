@@ -47,6 +47,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="In what the base is held: auto takes the dtype of its files."
     )
+    quantization: Literal["nf4", "none"] | None = Field(
+        None,
+        description="nf4: hold the base in 4-bit; none: in 16-bit, or fail; empty: as its folder says.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code shipped inside the model folder.")
 
 

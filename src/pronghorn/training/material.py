@@ -67,6 +67,7 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     options = LoadOptions(
         max_seq_length=wanted.max_seq_length,
         dtype=wanted.dtype,
+        quantization=wanted.quantization,
         trust_remote_code=wanted.trust_remote_code,
         base=wanted.base,
     )

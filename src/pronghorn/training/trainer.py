@@ -6,8 +6,10 @@ one token mean over the split and leaves the random state alone, and no usage pi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,15 +136,16 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     ) -> None:
         self.loop = loop
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        super().__init__(
-            model=model,
-            args=arguments,
-            data_collator=RowCollator(pad or 0),
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        with _kept_as_loaded(model):
+            super().__init__(
+                model=model,
+                args=arguments,
+                data_collator=RowCollator(pad or 0),
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
@@ -213,6 +216,23 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.loop.eval_due = False
         rows = len(dataloader.dataset)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+
+@contextlib.contextmanager
+def _kept_as_loaded(model: Any) -> Iterator[None]:
+    """Adapters and embeddings keep their dtypes: TRL casts those of a model it sees to be in 4-bit.
+
+    It rounds float32 adapters to bfloat16 (1.x), or makes embeddings and norms float32 (0.x).
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(base, "is_loaded_in_4bit", False):
+        yield
+        return
+    base.is_loaded_in_4bit = False
+    try:
+        yield
+    finally:
+        base.is_loaded_in_4bit = True
 
 
 def non_finite(what: str, value: float, step: int, where: str = "") -> NonFiniteLossError:

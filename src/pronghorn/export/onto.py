@@ -1,0 +1,116 @@
+"""Which values of a quantised base an adapter is merged onto, and the base as the merge then sees it.
+
+An adapter trained on NF4 belongs to the decoded values: merged onto them it reproduces the model that was
+trained. Merged onto the original 16-bit values it does not (KL about 1000 times larger), and may still score
+higher on other text; so both are offered, and the one taken is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from pronghorn.errors import ConfigError, ExportError
+from pronghorn.quant.stored import EncodedNF4, StoredNF4, stored_4bit
+from pronghorn.sources.record import AdapterRecord
+from pronghorn.sources.source import Source
+from pronghorn.weights.folder import WeightFolder, open_weights
+from pronghorn.weights.reader import TORCH_DTYPES
+from pronghorn.weights.shards import Shard
+
+Onto = Literal["decoded", "original"]
+_DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()})
+
+
+@dataclass(frozen=True)
+class MergeFormat:
+    """What to write, and for a base in 4-bit, onto which of its values.
+
+    ``onto`` "decoded": the values the adapter was trained on; "original": the 16-bit values they came from.
+    """
+
+    name: str = "merged_16bit"
+    onto: Onto = "decoded"
+
+    def __post_init__(self) -> None:
+        if self.onto not in get_args(Onto):
+            raise ConfigError(f"onto is {self.onto!r}", fix=f"use {' or '.join(get_args(Onto))}")
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """A base as it is merged onto: ``quantised`` give the rows of the tensors that are decoded.
+
+    ``weights`` lists 4-bit tensors under the shape and dtype they decode to. ``note`` says in words onto what
+    the merge goes, None where the base was never quantised.
+    """
+
+    weights: WeightFolder
+    quantised: Mapping[str, StoredNF4 | EncodedNF4] = field(default_factory=dict)
+    note: str | None = None
+
+
+def base_weights(base: Source, record: AdapterRecord | None, onto: Onto) -> BaseWeights:
+    """Open a base for a merge. Reads headers only.
+
+    Raises:
+        SourceError: the 4-bit weights are incomplete or contradict config.json.
+        ExportError: the original values are asked for, but this base holds none; or a tensor that was
+            quantised at training is missing.
+    """
+    weights = open_weights(base.path)
+    stored = stored_4bit(base.config, weights)
+    if stored:
+        if onto == "original":
+            raise ExportError(
+                f"{base.path} holds its weights in NF4 only, so nothing can be merged onto the original ones",
+                fix="name the 16-bit model with base=PATH (--base), or merge onto the decoded values",
+            )
+        return BaseWeights(_decoded_view(weights, stored), stored, _note(len(stored), "decoded"))
+    if record is None or record.quantization is None:
+        return BaseWeights(weights)
+    if onto == "original":
+        return BaseWeights(weights, {}, _note(len(record.quantised), "original"))
+    encoded = {}
+    for name in record.quantised:
+        if name not in weights.tensors:
+            raise ExportError(
+                f"{name} was in NF4 at training, but the base {base.path} has no such tensor",
+                fix="give the base the adapter was trained on (base=PATH)",
+            )
+        encoded[name] = EncodedNF4(*weights.tensors[name], _DTYPES[str(record.quantised_dtype)])
+    return BaseWeights(weights, encoded, _note(len(encoded), "decoded"))
+
+
+def _note(count: int, onto: Onto) -> str:
+    if onto == "decoded":
+        return f"merged onto the decoded NF4 values of {count} tensors: the model that was trained"
+    return (
+        f"merged onto the original 16-bit values of {count} tensors that were in NF4 at training: "
+        "not the model that was trained"
+    )
+
+
+def _decoded_view(weights: WeightFolder, stored: Mapping[str, StoredNF4]) -> WeightFolder:
+    parts = {entry.name for one in stored.values() for _, entry in one.parts.values()}
+    shards = tuple(_decoded_shard(shard, stored, parts) for shard in weights.shards)
+    tensors = {name: (shard, entry) for shard in shards for name, entry in shard.tensors.items()}
+    return WeightFolder(weights.path, shards, weights.index, MappingProxyType(tensors))
+
+
+def _decoded_shard(shard: Shard, stored: Mapping[str, StoredNF4], parts: set[str]) -> Shard:
+    entries = {}
+    for name, entry in shard.tensors.items():
+        if name in parts:
+            continue
+        one = stored.get(name)
+        entries[name] = entry if one is None else replace(entry, dtype=one.dtype, shape=one.shape)
+    return replace(shard, tensors=MappingProxyType(entries))
+
+
+def without_quantization(config: dict[str, Any]) -> bool:
+    """Remove every quantization_config from a config.json, nested ones too; returns whether there was one."""
+    found = config.pop("quantization_config", None) is not None
+    return any([found, *(without_quantization(one) for one in config.values() if isinstance(one, dict))])

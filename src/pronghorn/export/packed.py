@@ -1,0 +1,118 @@
+"""Write a merged 16-bit folder again in NF4, as bitsandbytes stores it, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pronghorn.errors import ExportError
+from pronghorn.export.files import copy_into, small_files
+from pronghorn.export.vocabulary import CONFIG
+from pronghorn.quant import nf4
+from pronghorn.quant.choose import Choice, choose
+from pronghorn.sources.resolve import read_json
+from pronghorn.weights.folder import WeightFolder, open_weights
+from pronghorn.weights.reader import TORCH_DTYPES, read_tensor
+from pronghorn.weights.shards import LENGTH_BYTES, Shard
+
+NOTE = (
+    "written in NF4: rounding the merged weights to 4 bits costs more than the adapter may have gained; "
+    "current vLLM reads this format only with vllm-bnb-plugin, serve merged_16bit there"
+)
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def write_packed(merged: Path, folder: Path, only: Collection[str] | None = None) -> int:
+    """Quantise the linear layers of ``merged`` into ``folder``; returns how many.
+
+    Args:
+        merged: a complete 16-bit model folder.
+        folder: an empty folder.
+        only: names of the file tensors to take at most (those of a base in 4-bit); None: the rule of loading.
+
+    Raises:
+        ExportError: the model cannot be built from its config, or nothing in it can be quantised.
+    """
+    weights = open_weights(merged)
+    choice = _choose(merged, weights, only)
+    chosen = frozenset(choice.files.values())
+    copied, _ = small_files(merged)
+    copy_into(merged, [name for name in copied if str(name) != CONFIG], folder)
+    config = {**read_json(merged / CONFIG), "quantization_config": _settings(choice, weights)}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    listed = {name: shard.path.name for shard in weights.shards for name in _write(shard, chosen, folder)}
+    if weights.index is not None:
+        size = sum((folder / name).stat().st_size for name in set(listed.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": listed}
+        (folder / weights.index.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(chosen)
+
+
+def _choose(merged: Path, weights: WeightFolder, only: Collection[str] | None) -> Choice:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(merged, local_files_only=True)
+            )
+    except (ValueError, KeyError, TypeError, OSError, AttributeError, ImportError) as error:
+        raise ExportError(
+            f"which layers are linear cannot be told, transformers does not build the model: {error}",
+            fix="export merged_16bit instead",
+        ) from error
+    choice = choose(model, weights.tensors)
+    if only is not None:
+        kept = {name: file for name, file in choice.files.items() if file in only}
+        left = dict.fromkeys(choice.files.keys() - kept.keys(), "in 16-bit in the base")
+        choice = Choice(kept, {**choice.left, **left})
+    if not choice.files:
+        raise ExportError("nothing in this model can be quantised", fix="export merged_16bit instead")
+    return choice
+
+
+def _settings(choice: Choice, weights: WeightFolder) -> Mapping[str, Any]:
+    """quantization_config as transformers writes it."""
+    dtype = weights.tensors[next(iter(choice.files.values()))][1].dtype
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(TORCH_DTYPES[dtype]).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": choice.skipped,
+        "llm_int8_threshold": 6.0,
+    }
+
+
+def _write(shard: Shard, chosen: Collection[str], folder: Path) -> list[str]:
+    """One file: the header is written last, into the room its fixed size leaves. Returns the tensor names."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    blank: dict[str, Mapping[str, Any]]
+    blank = {name: nf4.blank_tensors(name, entry.shape) if name in chosen else {name: entry}
+             for name, entry in shard.tensors.items()}  # fmt: skip
+    for tensors in blank.values():
+        for name, one in tensors.items():
+            dtype = one.dtype if isinstance(one.dtype, str) else _NAMES[one.dtype]
+            header[name] = {"dtype": dtype, "shape": list(one.shape), "data_offsets": [at, at + one.nbytes]}
+            at += one.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    with (folder / shard.path.name).open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, entry in shard.tensors.items():
+            tensor = read_tensor(shard, entry)
+            pieces = nf4.encode(tensor).tensors(name) if name in chosen else {name: tensor}
+            assert list(pieces) == list(blank[name])
+            for piece in pieces.values():
+                file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return [name for tensors in blank.values() for name in tensors]

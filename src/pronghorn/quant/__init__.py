@@ -1,0 +1,1 @@
+"""Quantised weight formats: encode, decode, describe."""

@@ -1,0 +1,84 @@
+"""The boundary to bitsandbytes: the one module that imports it.
+
+Loading a 4-bit model needs the library; reading, writing and merging 4-bit files does not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pronghorn.errors import MissingDependencyError
+
+# bitsandbytes tells here, at import, that an optional kernel of its own is not installed
+_NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
+
+
+def bitsandbytes() -> ModuleType:
+    """The library, imported without its note about an optional kernel.
+
+    Raises:
+        MissingDependencyError: it is not installed, or cannot be imported here.
+    """
+    noisy = logging.getLogger(_NOISY_LOGGER)
+    before = noisy.disabled
+    noisy.disabled = True
+    try:
+        import bitsandbytes as library
+    except (ImportError, RuntimeError, OSError) as error:
+        raise MissingDependencyError(
+            f"a model in 4-bit needs bitsandbytes, which cannot be imported: {error}",
+            fix="pip install 'pronghorn[qlora]', or load in 16-bit",
+        ) from error
+    finally:
+        noisy.disabled = before
+    module: ModuleType = library
+    return module
+
+
+def is_linear_4bit(module: Any) -> bool:
+    """Whether a module is bitsandbytes' own 4-bit linear layer (not PEFT's wrapper of the same name)."""
+    return any(
+        one.__name__ == "Linear4bit" and one.__module__.startswith("bitsandbytes.")
+        for one in type(module).__mro__
+    )
+
+
+def linears_4bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every 4-bit linear layer of a model, by name."""
+    for name, module in model.named_modules():
+        if is_linear_4bit(module):
+            yield name, module
+
+
+def guard_gradients(model: torch.nn.Module) -> int:
+    """Keep every 4-bit layer on the path that has gradients; returns how many layers there are.
+
+    On a CPU with AVX512-bf16 the first forward in evaluation mode repacks the weights for a kernel without
+    autograd; later LoRA gradients are then 0 or wrong, with a loss that looks normal.
+    """
+    count = 0
+    for _, module in linears_4bit(model):
+        module.support_avx512bf16_for_cpu = False
+        count += 1
+    return count
+
+
+def decode_weight(weight: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Decode the weight of a 4-bit layer with the library's kernel, into ``out`` if one is given."""
+    found: torch.Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+    return found if out is None else out.copy_(found)
+
+
+def state_tensors(module: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a 4-bit layer that are no parameters: magnitudes, their magnitudes, tables."""
+    state = module.weight.quant_state
+    for one in (state, getattr(state, "state2", None)):
+        if one is not None:
+            yield from (tensor for tensor in (one.absmax, one.code) if isinstance(tensor, torch.Tensor))
+    if isinstance(state.offset, torch.Tensor):
+        yield state.offset

@@ -1,0 +1,204 @@
+"""Hold models against each other on the same rows: perplexity, KL, top-1 agreement, speed, memory.
+
+The first model is the reference. Models are loaded one after the other; what the reference said is kept in a
+temporary file, so the memory needed is that of one model.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pronghorn.adapters.origin import base_of, origin_of
+from pronghorn.data.options import DataOptions
+from pronghorn.data.prepare import prepare
+from pronghorn.errors import DataError
+from pronghorn.loading.load import load
+from pronghorn.loading.options import LoadOptions
+from pronghorn.loading.report import LoadReport
+from pronghorn.loading.strict import no_bars
+from pronghorn.quant.stored import quantization_of
+from pronghorn.sources.resolve import BASE_CONFIG, read_json
+from pronghorn.training.config import load_config
+
+# scored tokens: 2048 x 128k words of vocabulary in float32 are 1 GB of temporary file
+MAX_TOKENS = 2048
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model or an adapter, and how it is loaded."""
+
+    name: str
+    path: str | Path
+    options: LoadOptions = field(default_factory=LoadOptions)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on the rows.
+
+    ``kl``: mean over tokens of KL(reference, this) in nats; ``agreement``: share of tokens with the
+    reference's top guess; both None for the reference. ``added_bytes`` is the resident memory that loading
+    took, ``held_bytes`` the storages of the model.
+    """
+
+    name: str
+    tokens: int
+    perplexity: float
+    kl: float | None
+    agreement: float | None
+    tokens_per_second: float
+    held_bytes: int
+    added_bytes: int | None
+
+
+def compare(candidates: Sequence[Candidate], rows: str | Path | None = None) -> tuple[Measured, ...]:
+    """Measure each candidate on the same rows, tokenised with the first one's tokenizer.
+
+    Args:
+        candidates: the reference, then what is held against it.
+        rows: a file of rows, as for training; None: the evaluation rows of the run an adapter lies in.
+
+    Raises:
+        DataError: there are no rows, none of their tokens is scored, or the vocabularies differ.
+        SourceError, AdapterError: as for ``pronghorn.load``.
+    """
+    found: list[Measured] = []
+    scored: list[list[int]] = []
+    labels: list[list[int]] = []
+    with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
+        said = Path(scratch) / "log_probabilities"
+        for candidate in candidates:
+            with no_bars():
+                model, tokenizer = load(candidate.path, candidate.options, say=None)
+            if not scored:
+                places = [one.path for one in candidates]
+                for ids, wanted in _limited(_rows(rows, places, tokenizer)):
+                    scored.append(ids)
+                    labels.append(wanted)
+            found.append(_measure(candidate.name, model, scored, labels, said))
+            del model
+            gc.collect()
+    return tuple(found)
+
+
+def _rows(
+    rows: str | Path | None, places: Sequence[str | Path], tokenizer: Any
+) -> Iterator[tuple[list[int], list[int]]]:
+    if rows is not None:
+        prepared = prepare(DataOptions(train=(str(rows),)), tokenizer, tokenizer.model_max_length).train
+    else:
+        prepared = _evaluation_rows(places, tokenizer)
+    for row in prepared:
+        yield list(row["input_ids"]), list(row["labels"])
+
+
+def _evaluation_rows(places: Sequence[str | Path], tokenizer: Any) -> Any:
+    """The evaluation rows of the run in whose folder one of the candidates lies."""
+    for place in places:
+        config = Path(place).expanduser().absolute().parent / "run.yaml"
+        if config.is_file():
+            prepared = prepare(load_config(config).data, tokenizer, tokenizer.model_max_length).eval
+            if prepared is not None:
+                return prepared
+    raise DataError(
+        "there are no rows to compare on: no candidate lies in a run folder with evaluation rows",
+        fix="name a file of rows (--rows FILE)",
+    )
+
+
+def _limited(rows: Iterator[tuple[list[int], list[int]]]) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows until ``MAX_TOKENS`` tokens are scored; only rows that have one."""
+    count = 0
+    for ids, labels in rows:
+        here = sum(label != _IGNORED for label in labels[1:])
+        if here and count < MAX_TOKENS:
+            count += here
+            yield ids, labels
+    if not count:
+        raise DataError("no token of the rows is scored", fix="give rows with an answer")
+
+
+@torch.no_grad()
+def _measure(name: str, model: Any, rows: list[list[int]], labels: list[list[int]], said: Path) -> Measured:
+    origin = origin_of(model)
+    report = origin.report if origin else None
+    assert isinstance(report, LoadReport)
+    is_reference = not said.exists()
+    loss = divergence = 0.0
+    same = tokens = read = 0
+    seconds = 0.0
+    with said.open("wb" if is_reference else "rb") as file:
+        for ids, wanted in zip(rows, labels, strict=True):
+            started = time.perf_counter()
+            scores, answers = _scores(model, ids, wanted)
+            seconds += time.perf_counter() - started
+            read += len(ids)
+            tokens += len(answers)
+            loss -= float(scores.gather(1, answers[:, None]).double().sum())
+            if is_reference:
+                file.write(scores.numpy().tobytes())
+                continue
+            raw = bytearray(file.read(scores.nbytes))
+            if len(raw) != scores.nbytes:
+                raise DataError(
+                    f"{name} has a vocabulary of {scores.shape[1]} tokens, the reference another",
+                    fix="compare models of one family",
+                )
+            truth = torch.frombuffer(raw, dtype=torch.float32).view_as(scores)
+            divergence += float((truth.exp() * (truth - scores)).double().sum())
+            same += int((truth.argmax(1) == scores.argmax(1)).sum())
+        if not is_reference and file.read(1):
+            raise DataError(
+                f"{name} has a smaller vocabulary than the reference", fix="compare models of one family"
+            )
+    return Measured(
+        name,
+        tokens,
+        math.exp(min(loss / tokens, 700.0)),
+        None if is_reference else max(0.0, divergence / tokens),
+        None if is_reference else same / tokens,
+        read / seconds,
+        report.total_bytes,
+        report.added_bytes,
+    )
+
+
+def _scores(model: Any, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [K, V] (float32, on the CPU) before each scored token, and the tokens [K]."""
+    targets = torch.tensor(labels[1:])
+    places = (targets != _IGNORED).nonzero().flatten()
+    batch = torch.tensor([ids], device=model.device)
+    mask = torch.ones_like(batch)
+    inputs: dict[str, Any] = {"input_ids": batch, "attention_mask": mask, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(base_of(model).forward).parameters:
+        logits = model(**inputs, logits_to_keep=places.to(batch.device)).logits[0]
+    else:
+        logits = model(**inputs).logits[0, places.to(batch.device)]
+    return logits.float().log_softmax(-1).cpu().contiguous(), targets[places]
+
+
+def drift_candidates(adapter: str | Path, base: Path, merged: Path, onto: str) -> list[Candidate]:
+    """What a merge is held against: the trained model, what was written, the other choice if there is one.
+
+    The other choice is not written: an adapter on its 16-bit base computes what the merge onto that base
+    would, but for rounding.
+    """
+    found = [
+        Candidate("trained: 4-bit base + adapter", adapter, LoadOptions(base=base)),
+        Candidate(f"merged onto {onto}", merged),
+    ]
+    if onto == "decoded" and quantization_of(read_json(base / BASE_CONFIG)) is None:
+        found.append(Candidate("onto original", adapter, LoadOptions(base=base, quantization="none")))
+    return found
