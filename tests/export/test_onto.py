@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pronghorn import LoadOptions, LoraOptions, attach_lora, export, load, verify
-from pronghorn.errors import ConfigError, ExportError
+from pronghorn.errors import ConfigError, ExportError, VerificationError
+from pronghorn.export import files, run
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.verify_quant import through_nf4
 from pronghorn.ops.packed import decode
@@ -127,11 +129,36 @@ def test_merged_again_in_4_bit(tmp_path: Path, kind: str, method: str) -> None:
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
     base = four_bit.write_base(tmp_path / "base")
     adapter = trained(tmp_path / "adapter", base)
-    with pytest.raises(ExportError, match="holds its weights in NF4 only"):
+    with pytest.raises(ExportError, match="holds its weights in NF4 only") as caught:
         export(adapter, tmp_path / "merged", format=MergeFormat(onto="original"))
+    assert "which 16-bit model they came from is not recorded" in str(caught.value)
     with pytest.raises(ConfigError, match="onto is 'both'"):
         MergeFormat(onto="both")  # type: ignore[arg-type]
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_4_bit_export_that_fails_names_the_folder_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = four_bit.write_full(tmp_path / "base")
+    adapter = trained(tmp_path / "adapter", base)
+    real = run.write_shards
+
+    def damaged(shards: Any, adapter: Any, staging: Path, progress: Any) -> Any:
+        counts = real(shards, adapter, staging, progress)
+        with next(staging.glob("*.safetensors")).open("r+b") as file:
+            file.seek(-2, 2)
+            file.write(b"xx")
+        return counts
+
+    monkeypatch.setattr(run, "write_shards", damaged)
+    with pytest.raises(VerificationError, match=rf"^{tmp_path / 'wanted'} was not written"):
+        export(adapter, tmp_path / "wanted", format="merged_4bit")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    with pytest.raises(ExportError, match=rf"^{tmp_path / 'wanted'} needs"):
+        export(adapter, tmp_path / "wanted", format="merged_4bit")
+    assert not list(tmp_path.glob("*wanted*"))
 
 
 def test_a_tensor_quantised_at_training_is_missing(tmp_path: Path) -> None:

@@ -66,13 +66,18 @@ def base_weights(base: Source, record: AdapterRecord | None, onto: Onto) -> Base
         if onto == "original":
             raise ExportError(
                 f"{base.path} holds its weights in NF4 only, so nothing can be merged onto the original ones",
-                fix="name the 16-bit model with base=PATH (--base), or merge onto the decoded values",
+                fix="merge onto the decoded values; which 16-bit model they came from is not recorded",
             )
         return BaseWeights(_decoded_view(weights, stored), stored, _note(len(stored), "decoded"))
     if record is None or record.quantization is None:
         return BaseWeights(weights)
     if onto == "original":
-        return BaseWeights(weights, {}, _note(len(record.quantised), "original"))
+        return BaseWeights(weights, {}, _note(len(record.quantised), "original", record.quantization))
+    if record.quantization == "int8":
+        raise ExportError(
+            "the adapter was trained on a base in 8-bit, whose decoded values are not merged onto",
+            fix='merge onto the original values (--onto original, onto="original") and read the drift',
+        )
     encoded = {}
     for name in record.quantised:
         if name not in weights.tensors:
@@ -84,11 +89,12 @@ def base_weights(base: Source, record: AdapterRecord | None, onto: Onto) -> Base
     return BaseWeights(weights, encoded, _note(len(encoded), "decoded"))
 
 
-def _note(count: int, onto: Onto) -> str:
+def _note(count: int, onto: Onto, held: str = "nf4") -> str:
     if onto == "decoded":
         return f"merged onto the decoded NF4 values of {count} tensors: the model that was trained"
     return (
-        f"merged onto the original 16-bit values of {count} tensors that were in NF4 at training: "
+        f"merged onto the original 16-bit values of {count} tensors that were in "
+        f"{'NF4' if held == 'nf4' else '8-bit'} at training: "
         "not the model that was trained"
     )
 

@@ -150,7 +150,7 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     needed = sum(shard.size for shard in shards) + sum(
         (job.base.path / name).stat().st_size for name in copied
     )
-    check_space(job.target, needed)
+    check_space(job.named, needed)
     with StagedFolder(job.target, job.overwrite) as staging:
         counts = write_shards(shards, adapter.shard, staging, job.progress)
         copy_into(job.base.path, copied, staging)
@@ -181,7 +181,7 @@ def _packed(job: Job) -> ExportReport:
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
-        report = _merged(replace(job, target=Path(scratch) / "merged", overwrite=False))
+        report = _merged(replace(job, target=Path(scratch) / "merged", overwrite=False, goal=goal))
         stored = stored_4bit(job.base.config, open_weights(job.base.path))
         with StagedFolder(goal, job.overwrite) as staging:
             count = write_packed(report.folder, staging, stored or None)

@@ -45,6 +45,8 @@ def trained_in_4bit(adapter: Path | None) -> tuple[frozenset[str], str]:
         record = json.loads(((adapter or Path()) / _RECORD).read_bytes())
     except (OSError, ValueError):
         return frozenset(), ""
+    if record.get("quantization") != "nf4":
+        return frozenset(), ""
     return frozenset(record.get("quantised") or ()), str(record.get("quantised_dtype"))
 
 

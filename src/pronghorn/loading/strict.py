@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from pronghorn.errors import NotSupportedError, PronghornError, SourceError
+from pronghorn.loading.eight_bit import load_int8
 from pronghorn.loading.four_bit import left_of_stored, load_encoded, plan_load, settle, stored_modules
 from pronghorn.loading.report import LoadReport, memory, report_load
 from pronghorn.sources.source import Source
@@ -25,11 +26,12 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base in memory; ``files`` are the file tensors of its 4-bit modules by module name."""
+    """A base in memory; ``files``: the file tensors of its quantised modules by module name."""
 
     model: Any
     report: LoadReport
     files: Mapping[str, str]
+    quantization: str | None
 
 
 def load_base(
@@ -59,17 +61,20 @@ def load_base(
                 source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
             )
         _check(source, info)
-    if plan.encode:
+    if plan.encode is not None:
         held = blank.dtype if isinstance(dtype, str) else dtype
         with _load_errors(source):
-            model, info, choice = load_encoded(source, plan, config, blank, held, device_map)
+            if plan.encode == "int8":
+                model, info, choice = load_int8(source, plan.weights, blank, held, device_map)
+            else:
+                model, info, choice = load_encoded(source, plan, config, blank, held, device_map)
         files, left = choice.files, choice.left
     else:
         model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
         files, left = stored_modules(model, plan), left_of_stored(model, plan) if plan.stored else {}
     _check(source, info)
-    settle(source, model, frozenset(files))
-    return Loaded(model.eval(), report_load(model, left, before), files)
+    settle(source, model, frozenset(files if plan.quantised == "nf4" else ()))
+    return Loaded(model.eval(), report_load(model, left, before), files, plan.quantised)
 
 
 def _config(source: Source, common: dict[str, Any]) -> Any:

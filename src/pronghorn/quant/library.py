@@ -44,10 +44,19 @@ def bitsandbytes() -> ModuleType:
 
 def is_linear_4bit(module: Any) -> bool:
     """Whether a module is bitsandbytes' own 4-bit linear layer (not PEFT's wrapper of the same name)."""
-    return any(
-        one.__name__ == "Linear4bit" and one.__module__.startswith("bitsandbytes.")
-        for one in type(module).__mro__
-    )
+    return _is(module, "Linear4bit")
+
+
+def _is(module: Any, name: str) -> bool:
+    mro = type(module).__mro__
+    return any(one.__name__ == name and one.__module__.startswith("bitsandbytes.") for one in mro)
+
+
+def linears_8bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every 8-bit linear layer of bitsandbytes in a model, by name."""
+    for name, module in model.named_modules():
+        if _is(module, "Linear8bitLt"):
+            yield name, module
 
 
 def linears_4bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -55,6 +64,14 @@ def linears_4bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if is_linear_4bit(module):
             yield name, module
+
+
+def values(model: torch.nn.Module) -> int:
+    """Numbers a model holds, a 4-bit weight counted as what it decodes to and a shared one once."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for _, module in linears_4bit(model):
+        count += module.in_features * module.out_features - module.weight.numel()
+    return count
 
 
 def guard_gradients(model: torch.nn.Module) -> int:

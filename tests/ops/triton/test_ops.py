@@ -306,7 +306,9 @@ def test_nf4_decode(shape: tuple[int, int], dtype: torch.dtype) -> None:
         assert select.nf4_decode(weight, out, using="triton") is out
     # the compiler may fuse the product and the sum of a magnitude: one rounding fewer
     torch.testing.assert_close(out, select.nf4_decode(weight, twin, using="torch"), rtol=2e-3, atol=1e-7)
-    single = Packed(weight.data, Scales(weight.scales.decode(0, weight.scales.codes.numel()), None, 0.0), shape, dtype)
+    single = Packed(
+        weight.data, Scales(weight.scales.decode(0, weight.scales.codes.numel()), None, 0.0), shape, dtype
+    )
     assert torch.equal(select.nf4_decode(single, out, using="triton"), decode(single, twin))
 
 
