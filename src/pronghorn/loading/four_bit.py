@@ -28,7 +28,7 @@ from pronghorn.weights.reader import read_tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """How a base is to be loaded: ``stored``: its 4-bit weights; ``encode``: what to quantise the others to."""
+    """How a base is to be loaded: ``stored``: its 4-bit weights; ``encode``: what to quantise to."""
 
     weights: WeightFolder
     stored: Mapping[str, Any]

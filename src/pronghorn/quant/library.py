@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pronghorn.errors import MissingDependencyError
-from pronghorn.ops.packed import NESTED_BLOCK, Packed, Scales
+from pronghorn.ops.packed import NESTED_BLOCK, Packed, Scales, decode
 
 # bitsandbytes tells here, at import, that an optional kernel of its own is not installed
 _NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
@@ -43,8 +43,12 @@ def bitsandbytes() -> ModuleType:
 
 
 def is_linear_4bit(module: Any) -> bool:
-    """Whether a module is bitsandbytes' own 4-bit linear layer (not PEFT's wrapper of the same name)."""
-    return _is(module, "Linear4bit")
+    """Whether a module is bitsandbytes' 4-bit linear layer, or a linear that holds its weight as that does.
+
+    PEFT's wrapper of the same name is not.
+    """
+    held = isinstance(module, torch.nn.Linear) and hasattr(module._parameters.get("weight"), "quant_state")
+    return held or _is(module, "Linear4bit")
 
 
 def _is(module: Any, name: str) -> bool:
@@ -128,8 +132,9 @@ def as_plain(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     for name, module in found:
         rows, width = module.weight.quant_state.shape
         plain = torch.nn.Linear(width, rows, bias=False, device="meta")
-        decoded = decode_weight(module.weight).to(dtype)
-        plain.weight = torch.nn.Parameter(decoded, requires_grad=False)
+        packed = packed_of(module)
+        decoded = decode_weight(module.weight) if isinstance(packed, str) else decode(packed)
+        plain.weight = torch.nn.Parameter(decoded.to(dtype), requires_grad=False)
         plain.bias = module.bias
         _put(model, name, plain.train(module.training))
     try:
