@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -45,6 +46,8 @@ for _verb in VERBS:
 
 def main() -> None:
     """Run the command line. The one place where an error becomes a message on stderr and an exit code."""
+    # PEFT imports bitsandbytes wherever it is installed, which then tells of an optional kernel it lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except PronghornError as error:
