@@ -23,6 +23,7 @@ PUBLIC_NAMES = [
     "get_chat_template",
     "inspect_data",
     "load",
+    "rows_for_trl",
     "standardize_data_formats",
     "standardize_sharegpt",
     "to_sharegpt",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pronghorn.adapters.attach import attach_lora as attach_lora
     from pronghorn.adapters.options import LoraOptions as LoraOptions
+    from pronghorn.data.for_trl import rows_for_trl as rows_for_trl
     from pronghorn.data.inspect import inspect_data as inspect_data
     from pronghorn.data.notebook import get_chat_template as get_chat_template
     from pronghorn.data.notebook import standardize_data_formats as standardize_data_formats
@@ -43,6 +44,7 @@ _HOMES = {
     "get_chat_template": "pronghorn.data.notebook",
     "inspect_data": "pronghorn.data.inspect",
     "load": "pronghorn.loading.load",
+    "rows_for_trl": "pronghorn.data.for_trl",
     "standardize_data_formats": "pronghorn.data.notebook",
     "standardize_sharegpt": "pronghorn.data.notebook",
     "to_sharegpt": "pronghorn.data.notebook",
@@ -63,6 +65,7 @@ __all__ = [
     "get_chat_template",
     "inspect_data",
     "load",
+    "rows_for_trl",
     "standardize_data_formats",
     "standardize_sharegpt",
     "to_sharegpt",

@@ -40,7 +40,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model"),
     "trl": ("training.trainer",),
     "accelerate": (),
-    "datasets": ("data.prepare", "data.rows", "data.store"),
+    "datasets": ("data.for_trl", "data.prepare", "data.rows", "data.store"),
     "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),

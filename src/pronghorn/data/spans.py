@@ -126,7 +126,7 @@ class _Job:
                 if start < 0:
                     return RewrittenTurn(full, index)
             spans.append((start, end))
-            if not _holds(full[start:end], self.chat.messages[index]):
+            if not holds(full[start:end], self.chat.messages[index]):
                 flags.add("lost_text")
         return Located(full, tuple(spans), tuple(sorted(flags)))
 
@@ -137,7 +137,7 @@ class _Job:
         """
         if full.startswith(closing):
             return len(closing)
-        agreed = _agreement(closing, full)
+        agreed = agreement(closing, full)
         ends = [m.start() for m in self.special.finditer(closing, max(0, agreed - LONGEST_SPECIAL))]
         fitting = [at for at in ends if at <= agreed and full.endswith(closing[at:])]
         return fitting[-1] if fitting else -1
@@ -148,19 +148,19 @@ class _Job:
         That is as far as both agree, which must lie behind all earlier messages; -1 if not.
         """
         before = template.render([Prefix(self.chat.messages, index, self.chat.tools)])[0]
-        agreed = _agreement(opening, full)
+        agreed = agreement(opening, full)
         if isinstance(before, RenderError) or not full.startswith(before) or agreed < len(before):
             return -1
         return agreed
 
 
-def _agreement(one: str, other: str) -> int:
+def agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Length of the longest common start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _holds(text: str, message: Mapping[str, Any]) -> bool:
+def holds(text: str, message: Mapping[str, Any]) -> bool:
     """Whether the rendered turn holds all that the message says and thinks."""
     parts = [message.get("content")] + [message.get(name) for name in REASONING]
     return all(part.strip() in text for part in parts if part)

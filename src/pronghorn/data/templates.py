@@ -79,13 +79,22 @@ class ChatTemplate:
         return texts
 
     def ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        prompt: bool = False,
     ) -> list[int]:
         """Token ids as a server makes them: ``apply_chat_template(tokenize=True)``."""
-        text = None if self.own else self.text
         return list(
             self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=text, tokenize=True, return_dict=False, **self.options
+                messages,
+                tools=tools,
+                chat_template=None if self.own else self.text,
+                add_generation_prompt=prompt,
+                tokenize=True,
+                return_dict=False,
+                **self.options,
             )
         )
 
