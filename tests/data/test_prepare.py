@@ -205,7 +205,8 @@ def test_plain_prompts_are_told_from_conversations(rows: Writer) -> None:
     (check,) = report.failed(stops=False)
     assert check.name == "plain_text" and report.template is None
     assert "plain_text: the rows are plain text, which trains without the chat template" in shown(report)
-    assert run(rows({"prompt": chat[:1], "completion": chat[1:]})).report.failed(stops=False) == ()
+    messages = rows({"prompt": chat[:1], "completion": chat[1:]}, name="chat.jsonl")
+    assert run(messages).report.failed(stops=False) == ()
     untemplated = tokenizer(FAMILIES["chatml"], None)
     assert prepare(DataOptions(train=str(plain)), untemplated, 100).report.failed(stops=False) == ()
 
