@@ -37,7 +37,13 @@ PLACES: dict[str, tuple[str, ...]] = {
         "training.",
     ),
     # boundaries: one place for each thing done with the library
-    "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model", "export.verify_streamed",),
+    "peft": (
+        "adapters.attach",
+        "adapters.save",
+        "loading.adapter",
+        "export.verify_model",
+        "export.verify_streamed",
+    ),
     "trl": ("training.trainer",),
     "accelerate": ("export.verify_streamed",),
     "datasets": ("data.prepare", "data.rows", "data.store"),
