@@ -18,6 +18,7 @@ PUBLIC_NAMES = [
     "PronghornError",
     "RunConfig",
     "accelerate",
+    "add_new_tokens",
     "attach_lora",
     "export",
     "get_chat_template",

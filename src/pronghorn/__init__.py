@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pronghorn.adapters.attach import attach_lora as attach_lora
+    from pronghorn.adapters.new_tokens import add_new_tokens as add_new_tokens
     from pronghorn.adapters.options import LoraOptions as LoraOptions
     from pronghorn.data.for_trl import rows_for_trl as rows_for_trl
     from pronghorn.data.inspect import inspect_data as inspect_data
@@ -39,6 +40,7 @@ _HOMES = {
     "PronghornError": "pronghorn.errors",
     "RunConfig": "pronghorn.training.config",
     "accelerate": "pronghorn.patching.accelerate",
+    "add_new_tokens": "pronghorn.adapters.new_tokens",
     "attach_lora": "pronghorn.adapters.attach",
     "export": "pronghorn.export.run",
     "get_chat_template": "pronghorn.data.notebook",
@@ -60,6 +62,7 @@ __all__ = [
     "PronghornError",
     "RunConfig",
     "accelerate",
+    "add_new_tokens",
     "attach_lora",
     "export",
     "get_chat_template",

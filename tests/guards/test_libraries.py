@@ -37,9 +37,15 @@ PLACES: dict[str, tuple[str, ...]] = {
         "training.",
     ),
     # boundaries: one place for each thing done with the library
-    "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model"),
+    "peft": (
+        "adapters.attach",
+        "adapters.save",
+        "loading.adapter",
+        "export.verify_model",
+        "export.verify_streamed",
+    ),
     "trl": ("training.trainer",),
-    "accelerate": (),
+    "accelerate": ("export.verify_streamed",),
     "datasets": ("data.for_trl", "data.prepare", "data.rows", "data.store"),
     "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
