@@ -344,15 +344,18 @@ def test_page_shows_both_answers() -> None:
 
 
 def test_command(rows: Writer, tmp_path: Any) -> None:
-    base = tiny.write_base(tmp_path / "base")
-    run = CliRunner().invoke(app, ["inspect", str(rows(pair(), pair("absent", CHAT, [*CHAT[:4], FIVE]))),
-                                   "--model", str(base), "--json"])  # fmt: skip
+    base = str(tiny.write_base(tmp_path / "base"))
+    good, equal = (
+        rows(pair("absent", CHAT, [*CHAT[:4], FIVE])),
+        rows(pair(chosen="Five!"), name="equal.jsonl"),
+    )
+    fast = ["data.isolate=false", "--model", base]
+    run = CliRunner().invoke(app, ["inspect", str(good), *fast, "--json"])
     assert run.exit_code == 0, run.output
     values = json.loads(run.stdout)
     assert values["report"]["format"] == "preference"
     assert [answer["side"] for answer in values["examples"][0]["answers"]] == ["chosen", "rejected"]
-    equal = rows(pair(chosen="x", rejected="x"), name="equal.jsonl")
-    run = CliRunner().invoke(app, ["inspect", str(equal), "--model", str(base)])
+    run = CliRunner().invoke(app, ["inspect", str(equal), *fast])
     assert isinstance(run.exception, DataError) and "equal_answers: " in str(run.exception)
-    run = CliRunner().invoke(app, ["inspect", str(equal), "data.allow=[equal_answers]", "--model", str(base)])
+    run = CliRunner().invoke(app, ["inspect", str(equal), "data.allow=[equal_answers]", *fast])
     assert run.exit_code == 0, run.output

@@ -23,7 +23,12 @@ ROW_CHECKS = {
         False,
         "rows whose answer a server opens with text that is not in the row (an opened <think>)",
     ),
-    "lost_text": (False, "answers of which the chat template leaves text out"),
+    "marks": (
+        False,
+        "rows whose earlier answers the template rewrites: they train where its generation marks are, not as "
+        "they are served; data.rewritten=split gives one row per answer, each as served",
+    ),
+    "lost_text": (False, "answers of which the chat template leaves out text, thoughts or tool calls"),
     "special_text": (
         False,
         "conversations whose text spells special tokens, which the model will take for real ones",
@@ -31,7 +36,7 @@ ROW_CHECKS = {
     "no_bos": (False, "rows without the BOS that the tokenizer puts before plain text"),
 }
 PREFERENCE_CHECKS = {
-    **ROW_CHECKS,
+    **{name: rule for name, rule in ROW_CHECKS.items() if name != "marks"},
     "equal_answers": (
         True,
         "rows whose chosen and rejected answer are the same tokens: nothing is preferred",
