@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pronghorn.errors import ConfigError
 from pronghorn.memory import recompute
+from pronghorn.memory.offload import Offload
 
 Mode = Literal["full", "unsloth", "auto"]
 MODES: tuple[Mode, ...] = ("full", "unsloth", "auto")
@@ -56,9 +57,10 @@ class RecomputePlan:
 class LayerFunction:
     """Stands behind one layer's ``_gradient_checkpointing_func``."""
 
-    def __init__(self, plan: RecomputePlan, index: int) -> None:
+    def __init__(self, plan: RecomputePlan, index: int, offload: Offload) -> None:
         self.plan = plan
         self.index = index
+        self.offload = offload
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer: kept, or recomputed in backward."""
@@ -68,20 +70,8 @@ class LayerFunction:
             return function(*args, **kwargs)
         if self.plan.mode != "unsloth":
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+        with torch.autograd.graph.saved_tensors_hooks(self.offload.to_host, self.offload.from_host):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def _to_host(t: Tensor) -> tuple[torch.device, Tensor]:
-    """Copy in the order of the current stream, into pinned memory where there is an accelerator."""
-    accelerated = t.device.type != "cpu"
-    host = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=accelerated)
-    return t.device, host.copy_(t, non_blocking=accelerated)
-
-
-def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
-    device, host = packed
-    return host.to(device, non_blocking=True)
 
 
 class RecomputeSwitch:
@@ -102,8 +92,9 @@ class RecomputeSwitch:
         finally:
             if overridden is not None:
                 object.__setattr__(self.model, OVERRIDDEN, overridden)
+        offload = Offload()
         for index, layer in enumerate(layers_of(self.model)):
-            layer._gradient_checkpointing_func = LayerFunction(self.plan, index)
+            layer._gradient_checkpointing_func = LayerFunction(self.plan, index, offload)
 
     def on(self) -> None:
         """Recompute from now on."""
