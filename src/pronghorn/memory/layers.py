@@ -26,6 +26,8 @@ Mode = Literal["full", "unsloth", "auto"]
 MODES: tuple[Mode, ...] = ("full", "unsloth", "auto")
 # the method that every supported transformers calls, or forwards to, when it is set on the instance
 OVERRIDDEN = "gradient_checkpointing_enable"
+# what transformers sets on each module that it can recompute
+SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
 # of what is free when the run begins; the rest is for the loss, the optimizer and fragmentation
 BUDGET_SHARE = 0.5
 
@@ -82,6 +84,8 @@ class RecomputeSwitch:
     def __init__(self, model: Any, plan: RecomputePlan) -> None:
         self.model = model
         self.plan = plan
+        self.inputs_hooked = recompute.inputs_hooked(model)
+        self.before = [(module, _own(module)) for module in model.modules() if hasattr(module, SWITCH[0])]
 
     def __call__(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """What transformers and trainers call; ours is always non-reentrant, whatever they ask for."""
@@ -102,11 +106,19 @@ class RecomputeSwitch:
         self()
 
     def off(self) -> None:
-        """Keep everything again."""
+        """Keep or recompute as before."""
         self.model.__dict__.pop(OVERRIDDEN, None)
         recompute.disable(self.model)
-        for layer in layers_of(self.model):
-            layer.__dict__.pop("_gradient_checkpointing_func", None)
+        if not self.inputs_hooked:
+            recompute.unhook_inputs(self.model)
+        for module, own in self.before:
+            for name in SWITCH:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(own)
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {name: module.__dict__[name] for name in SWITCH if name in module.__dict__}
 
 
 def layers_of(model: nn.Module) -> list[Any]:

@@ -48,7 +48,7 @@ def accelerate(
     Args:
         model: a transformers causal language model, or a PEFT model around one.
         kinds: which kinds of parts to consider, of ``REPLACEABLE``.
-        strict: True, or the kinds that must be replaced completely.
+        strict: True: every part found must be replaced. A list of kinds: those must be there and be replaced.
         mlp_tile_tokens: run MLPs in tiles of at most this many tokens (batch and sequence together) and keep
         only
             their input: for long sequences. The gate and up products then run twice.
@@ -59,12 +59,17 @@ def accelerate(
         free.
 
     Raises:
-        ConfigError: an unknown kind or recompute mode.
+        ConfigError: an unknown kind or recompute mode, or ``strict`` names a kind not in ``kinds``.
         NotSupportedError: ``strict``, and a kind was not fully replaced; nothing stays replaced.
     """
     unknown = [kind for kind in kinds if kind not in REPLACEABLE]
     if unknown:
         raise ConfigError(f"kinds={unknown}: unknown", fix=f"choose from {', '.join(REPLACEABLE)}")
+    named = () if isinstance(strict, bool) else tuple(strict)
+    if unknown := [kind for kind in named if kind not in kinds]:
+        raise ConfigError(
+            f"strict={unknown}: not among the kinds considered", fix=f"choose from {', '.join(kinds)}"
+        )
     base = base_of(model)
     if (before := current_report(base)) is not None:
         before.undo()
@@ -72,15 +77,16 @@ def accelerate(
     choice = Choice(tuple(kinds), mlp_tile_tokens, recompute, activation_bytes)
     plan(base, report, choice)
     watch(base, report, choice)
-    _demand(report, kinds if strict is True else strict or ())
+    _demand(report, kinds if strict is True else named, named)
     return report
 
 
-def _demand(report: PatchReport, kinds: Sequence[str]) -> None:
-    for kind in kinds:
+def _demand(report: PatchReport, complete: Sequence[str], present: Sequence[str]) -> None:
+    for kind in complete:
         found, replaced = report.count(kind)
-        if replaced < found:
-            why = "; ".join(f"{count}: {reason}" for reason, count in report.left(kind).items())
+        if replaced < found or (not found and kind in present):
+            reasons = [f"{count}: {reason}" for reason, count in report.left(kind).items()]
+            why = "; ".join(reasons) or "the model has none"
             report.undo()
             raise NotSupportedError(
                 f"strict: {replaced} of {found} parts of kind {kind!r} can be replaced ({why})",
