@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pronghorn.adapters.tokenizer_files import CONFIG
 from pronghorn.errors import ExportError
 from pronghorn.export.files import copy_into, small_files
-from pronghorn.export.vocabulary import CONFIG
 from pronghorn.quant import nf4
 from pronghorn.quant.choose import Choice, choose
 from pronghorn.sources.resolve import read_json

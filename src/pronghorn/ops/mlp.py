@@ -190,7 +190,7 @@ class _Tiled(torch.autograd.Function):
         parts = unflatten(flat, rest)
         rows = flat_rows(x)
         out = rows.new_empty((rows.shape[0], parts[-1].weight.shape[0]))
-        for tile in _tiles(rows.shape[0], tile_rows):
+        for tile in equal_tiles(rows.shape[0], tile_rows):
             inner = form.inner(_first(rows[tile], parts))
             out[tile] = apply_parts(inner, shrink(inner, parts[-1:]), parts[-1:])[0]
         if source is None:
@@ -206,11 +206,11 @@ class _Tiled(torch.autograd.Function):
         dy, needs = flat_rows(dy), needed(ctx, before=5)
         dx = torch.empty_like(rows) if needs[0] else None
         total: list[Tensor | None] = [None] * (len(needs) - 1)
-        for tile in _tiles(rows.shape[0], ctx.tile_rows):
+        for tile in equal_tiles(rows.shape[0], ctx.tile_rows):
             dx_tile, new = _tile_backward(rows[tile], dy[tile], parts, ctx.form, needs)
             if dx is not None and dx_tile is not None:
                 dx[tile] = dx_tile
-            total = [_add(*pair) for pair in zip(total, new, strict=True)]
+            total = [add_tile(*pair) for pair in zip(total, new, strict=True)]
         grads = [
             g if g is None or p is None else g.to(p.dtype) for g, p in zip(total, flatten(parts), strict=True)
         ]
@@ -241,13 +241,13 @@ def _tile_backward(
     return dx, first_grads + down_grads
 
 
-def _tiles(rows: int, tile_rows: int | None) -> list[slice]:
+def equal_tiles(rows: int, tile_rows: int | None) -> list[slice]:
     """Equal tiles of at most ``tile_rows`` rows: no tile carries the remainder of the others."""
     count = 1 if tile_rows is None else max(1, -(-rows // tile_rows))
     size = max(1, -(-rows // count))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _add(total: Tensor | None, new: Tensor | None) -> Tensor | None:
-    # float32: the rounding of a bfloat16 sum would grow with the number of tiles
+def add_tile(total: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """``total + new`` in float32: the rounding of a bfloat16 sum would grow with the number of tiles."""
     return total if new is None else new.float() if total is None else total.add_(new)

@@ -32,6 +32,21 @@ class LoraPart(NamedTuple):
     scale: float
 
 
+class ExpertPart(NamedTuple):
+    """One linear of every expert, stacked, and its adapter: for expert e ``x @ weight[e] + bias[e] + scale *
+    (x @ a[e].T) @ b[e].T``.
+
+    ``weight [E, in, out]`` may be a view of ``[E, out, in]``; ``bias [E, out]``, ``a [E, r, in]`` and ``b [E,
+    out, r]`` may be None. Dtypes as in :class:`LoraPart`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class NormForm:
     """The exact arithmetic of a norm over the last dimension, computed in float32.

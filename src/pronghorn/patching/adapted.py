@@ -23,6 +23,11 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer") and hasattr(module, "active_adapters")
 
 
+def is_adapted_parameter(module: nn.Module) -> bool:
+    """Whether ``module`` is a PEFT LoRA layer around one parameter of a module (``target_parameters``)."""
+    return is_adapted(module) and hasattr(module, "parameter_name")
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of an ``nn.Linear``, seen through an adapter, or None for anything else."""
     base: Any = module
@@ -97,3 +102,35 @@ def lora_parts(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor,
             part = part._replace(bias=part.bias.to(dtype))
         parts.append(part)
     return x.to(dtype), parts
+
+
+Factors = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def stacked_adapters(module: nn.Module) -> tuple[Any, dict[str, Factors]] | Declined:
+    """The experts inside the adapters of their parameters, and the factors of each that has one in effect:
+    a ``[E, r, in]``, b ``[E, out, r]``, scale.
+    """
+    found: dict[str, Factors] = {}
+    layer: Any = module
+    while is_adapted_parameter(layer):
+        if layer is not module and hooked(layer):
+            return Declined("a hook is registered on an adapter inside")
+        if layer.merged:
+            return Declined("the adapter is merged")
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if len(active) > 1:
+            return Declined(f"{len(active)} adapters are active")
+        if active and not layer.disable_adapters:
+            if not getattr(layer, "_did_swap_in_out_features", False) and not _stored_in_out(layer):
+                return Declined("this PEFT has the adapter's factors the other way round")
+            a, b = (factor[active[0]].weight for factor in (layer.lora_A, layer.lora_B))
+            count = int(layer.num_experts)
+            factors = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
+            found[layer.parameter_name] = (*factors, float(layer.scaling[active[0]]))
+        layer = layer.base_layer
+    return (layer, found) if layer is module or not hooked(layer) else Declined("a hook is registered inside")
+
+
+def _stored_in_out(layer: Any) -> bool:
+    return bool(getattr(layer.get_base_layer(), "is_transposed", False))

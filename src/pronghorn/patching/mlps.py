@@ -68,15 +68,8 @@ def is_mlp(module: nn.Module) -> bool:
     )
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether ``module`` holds the weights of many experts, stacked into three dimensions."""
-    return sum(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)) >= 2
-
-
 def odd_mlp(module: nn.Module) -> str | None:
-    """Why something that is an MLP by name or by its weights is not worth a probe, or None."""
-    if is_experts(module):
-        return "stacked expert weights: transformers' own grouped products run"
+    """Why something that is an MLP by name is not worth a probe, or None."""
     linears = [child for child in module.children() if getattr(child, "weight", None) is not None]
     if "mlp" not in type(module).__name__.lower() or len(linears) < 2 or is_mlp(module):
         return None

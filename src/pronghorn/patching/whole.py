@@ -20,7 +20,7 @@ COPY_BYTES = 4 * 2**30
 MORE_BATCHES = 8
 # of the loss: the same logits, summed in another order
 LOSS_BOUND = 1e-4
-CHECKED = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss", "recompute")
+CHECKED = ("norm", "attention", "qkv", "o", "linear", "mlp", "experts", "loss", "recompute")
 
 
 def forward_only(model: Any, batch: dict[str, Tensor]) -> None:
