@@ -65,14 +65,11 @@ def test_one_cell_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.slow
 def test_dry_run_in_4_bit(tmp_path: Path) -> None:
     given = ["--device", "cpu", "--shape", "tiny", "--no-ops", "--out", str(tmp_path)]
-    main([*given, "--only", "*nf4*/tiny/tiny", "peft-decoded*"])
+    main([*given, "--only", "pronghorn-nf4*/tiny/tiny", "peft-decoded*"])
     result = json.loads((tmp_path / "gpu.json").read_text())
     found = {
         c["contender"]: (r["status"], r["why"]) for c, r in zip(result["cells"], result["rows"], strict=True)
     }
-    assert found.pop("unsloth-nf4")[0] == "skipped"
-    # bitsandbytes 0.50 decodes the rows of 96 of this shape wrongly on a CPU
-    assert found.pop("peft-nf4-recompute")[0] == "invalid"
     names = ("peft-decoded-recompute", "pronghorn-nf4", "pronghorn-nf4-recompute")
     assert found == dict.fromkeys(names, ("ok", ""))
 

@@ -66,7 +66,7 @@ def base_weights(base: Source, record: AdapterRecord | None, onto: Onto) -> Base
         if onto == "original":
             raise ExportError(
                 f"{base.path} holds its weights in NF4 only, so nothing can be merged onto the original ones",
-                fix="merge onto the decoded values; which 16-bit model they came from is not recorded",
+                fix="name the 16-bit model with base=PATH (--base), or merge onto the decoded values",
             )
         return BaseWeights(_decoded_view(weights, stored), stored, _note(len(stored), "decoded"))
     if record is None or record.quantization is None:

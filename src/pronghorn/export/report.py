@@ -36,6 +36,8 @@ class ExportReport:
     left_out: tuple[str, ...]
     seconds: float
     onto: str | None = None
+    trained_on: Path | None = None
+    """the 4-bit base of the training, where ``base`` is the 16-bit model it was made from"""
     verified: bool | None = None
     checks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 

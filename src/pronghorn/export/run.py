@@ -22,6 +22,7 @@ from pronghorn.export.job import SUBFOLDER, Job, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
 from pronghorn.export.onto import MergeFormat, base_weights
+from pronghorn.export.original import original_of
 from pronghorn.export.packed import NOTE, write_packed
 from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
@@ -82,13 +83,15 @@ def export(
     started = time.perf_counter()
     source = _find_adapter(adapter, adapter_name)
     # the base's own code is copied, never run here; verification decides for itself
-    found = resolve_base(source, base=base, trust_remote_code=True)
+    original = original_of(source, base) if wanted.onto == "original" and base is not None else None
+    found = original[0] if original else resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
     job = Job(source, found, goal, overwrite, verify, progress, wanted.onto)
     with _disk_errors(goal):
         report = _FORMATS[wanted.name](job)
-    return replace(report, seconds=time.perf_counter() - started)
+    trained_on = original[1] if original else None
+    return replace(report, trained_on=trained_on, seconds=time.perf_counter() - started)
 
 
 def _find_adapter(adapter: str | Path, name: str | None) -> Source:

@@ -18,6 +18,8 @@ from pronghorn.ops.packed import NESTED_BLOCK, Packed, Scales, decode
 
 # bitsandbytes tells here, at import, that an optional kernel of its own is not installed
 _NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
+# the attribute of a 4-bit layer that lets an evaluation repack its weight on some CPUs
+REPACKS = "support_avx512bf16_for_cpu"
 
 
 def bitsandbytes() -> ModuleType:
@@ -86,7 +88,8 @@ def guard_gradients(model: torch.nn.Module) -> int:
     """
     count = 0
     for _, module in linears_4bit(model):
-        module.support_avx512bf16_for_cpu = False
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
         count += 1
     return count
 

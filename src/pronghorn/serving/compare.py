@@ -192,7 +192,8 @@ def _scores(model: Any, ids: list[int], labels: list[int]) -> tuple[torch.Tensor
 
 def drift(report: ExportReport, onto: str, rows: str | Path | None = None) -> tuple[Measured, ...]:
     """How far what an export wrote is from the trained model; see ``compare`` for rows and errors."""
-    return compare(drift_candidates(report.adapter, report.base, report.folder, onto), rows)
+    base = report.trained_on or report.base
+    return compare(drift_candidates(report.adapter, base, report.folder, onto), rows)
 
 
 def drift_line(report: ExportReport, onto: str, rows: str | Path) -> str:
