@@ -111,7 +111,7 @@ def _write(shard: Shard, chosen: Collection[str], folder: Path) -> list[str]:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, entry in shard.tensors.items():
             tensor = read_tensor(shard, entry)
-            pieces = nf4.encode(tensor).tensors(name) if name in chosen else {name: tensor}
+            pieces = nf4.stored_tensors(nf4.encode(tensor), name) if name in chosen else {name: tensor}
             assert list(pieces) == list(blank[name])
             for piece in pieces.values():
                 file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
