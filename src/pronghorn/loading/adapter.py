@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file
 
 from pronghorn.adapters.attach import peft_warnings, seeded
-from pronghorn.adapters.new_tokens import float_rows
+from pronghorn.adapters.new_tokens import ready_rows
 from pronghorn.adapters.options import check_keeps_base
 from pronghorn.errors import AdapterError
 from pronghorn.sources.resolve import ADAPTER_WEIGHTS
@@ -38,7 +38,7 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
         config.inference_mode = False
         with seeded(0), peft_warnings():  # every value drawn here is overwritten
             wrapped = PeftModel(model, config)
-            float_rows(wrapped)
+            ready_rows(wrapped)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise AdapterError(
             f"the adapter {source.path} does not fit its base: {error}",

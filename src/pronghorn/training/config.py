@@ -51,6 +51,9 @@ class ModelSection(Section):
         None,
         description="nf4: hold the base in 4-bit; none: in 16-bit, or fail; empty: as its folder says.",
     )
+    new_tokens: tuple[str, ...] | None = Field(
+        None, description="Tokens to add to tokenizer and model; their rows train with the adapter."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code shipped inside the model folder.")
 
 
