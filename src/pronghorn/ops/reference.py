@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pronghorn.ops.buffer import dense
 from pronghorn.ops.shapes import Activation, ExpertPart, LogitStep, LoraPart, MlpLayout, NormForm
 
 
@@ -44,7 +45,7 @@ def lora_linears(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
 
 
 def _lora_linear(x: Tensor, part: LoraPart) -> Tensor:
-    y = functional.linear(x, part.weight, part.bias)
+    y = functional.linear(x, dense(part.weight, x.dtype), part.bias)
     if part.a is None or part.b is None:
         return y
     return y + functional.linear(functional.linear(x, part.a.to(x.dtype)), part.b.to(x.dtype)) * part.scale

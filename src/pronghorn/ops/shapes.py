@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from pronghorn.ops.buffer import PackedWeight
+
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -18,11 +20,12 @@ MlpLayout = Literal["gated", "gate_up", "up_gate", "plain"]
 class LoraPart(NamedTuple):
     """A frozen linear and its adapter: ``x @ weight.T + bias + scale * (x @ a.T) @ b.T``.
 
-    ``weight [out, in]`` has the dtype of the computation; ``a [r, in]`` and ``b [out, r]`` may have another
-    (they are cast for the product, never kept) or be None for a linear without an adapter.
+    ``weight [out, in]`` has the dtype of the computation, or is decoded to it; ``a [r, in]`` and
+    ``b [out, r]`` may have another (they are cast for the product, never kept) or be None for a linear
+    without an adapter.
     """
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     a: Tensor | None
     b: Tensor | None

@@ -15,12 +15,14 @@ from pronghorn.memory.layers import RecomputeSwitch, make_plan
 from pronghorn.patching import attentions, experts, head, linears, mlps, norms
 from pronghorn.patching.adapted import is_adapted, is_adapted_parameter, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked
+from pronghorn.patching.places import PlacesSwitch
 from pronghorn.patching.proof import Build, Verdict, prove
 from pronghorn.patching.report import Choice, Part, PatchReport
 from pronghorn.patching.signature import signature
 from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
 from pronghorn.patching.watch import current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
+from pronghorn.quant.library import is_linear_4bit
 
 # what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
 ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
@@ -98,6 +100,11 @@ def plan(base: Any, report: PatchReport, choice: Choice) -> None:
     """Fill ``report`` and put the proven replacements in place."""
     kinds = choice.kinds
     batch = sample_batch(base)
+    places = PlacesSwitch(base)
+    if places.offsets:
+        places.on()
+        report.switches.append(places)
+        report.packed = str(places)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         try:
             found = trace(base, batch)
@@ -227,7 +234,7 @@ class Prover:
         )
 
     def linears(self, kinds: Sequence[str], taken: set[str], base: Any) -> Chosen:
-        """Adapted linears outside the replaced MLPs, by shared input."""
+        """Linears with an adapter or in 4-bit outside the replaced MLPs, by shared input."""
         chosen: Chosen = []
         output = base.get_output_embeddings()
         for name, module in self.modules.items():
@@ -242,7 +249,7 @@ class Prover:
             if kind not in kinds:
                 continue
             members = [self.modules[name] for name in group]
-            if not any(is_adapted(member) for member in members):
+            if not any(is_adapted(member) or is_linear_4bit(member) for member in members):
                 if kind != "linear":
                     reason = "has no adapter: a frozen linear saves nothing"
                     chosen.append((kind, ", ".join(group), reason, []))

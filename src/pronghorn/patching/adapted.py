@@ -1,4 +1,4 @@
-"""What an ``nn.Linear`` or a PEFT LoRA layer would compute right now, as one ``LoraPart``.
+"""What a linear (16-bit or 4-bit) or a PEFT LoRA layer would compute right now, as one ``LoraPart``.
 
 The one place that knows PEFT's layer attributes. They are read per call, because adapters are switched,
 merged, disabled and dropped out between calls.
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pronghorn.ops.buffer import PackedWeight
 from pronghorn.ops.shapes import LoraPart
 from pronghorn.patching.forwards import Declined, hooked
+from pronghorn.patching.places import packed_weight
+from pronghorn.quant.library import is_linear_4bit
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -56,14 +59,16 @@ def lora_part(module: nn.Module, *, training: bool = False) -> LoraPart | Declin
     return _with_adapter(layer, active[0], base, training or layer.training)
 
 
-def _plain(module: nn.Module) -> LoraPart | Declined:
-    if type(module) is not nn.Linear:
+def _plain(module: Any) -> LoraPart | Declined:
+    packed = is_linear_4bit(module)
+    if type(module) is not nn.Linear and not packed:
         return Declined(f"the base layer is a {type(module).__name__}")
     if module.weight.requires_grad:
         return Declined("the base weight trains")
     if hooked(module):
         return Declined("a hook is registered on a linear inside")
-    return LoraPart(module.weight, module.bias, None, None, 1.0)
+    weight = packed_weight(module) if packed else module.weight
+    return weight if isinstance(weight, Declined) else LoraPart(weight, module.bias, None, None, 1.0)
 
 
 def _with_adapter(layer: Any, name: str, base: LoraPart, training: bool) -> LoraPart | Declined:
@@ -89,10 +94,12 @@ def lora_parts(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor,
         part = lora_part(module)
         if isinstance(part, Declined):
             return part
-        if part.weight.dtype != dtype:
+        if part.weight.dtype not in (None, dtype):
             return Declined(f"the weights are {part.weight.dtype}, the computation is in {dtype}")
         if part.weight.device != x.device:
             return Declined("the weights are on another device than the input")
+        if isinstance(part.weight, PackedWeight) and part.bias is not None:
+            part = part._replace(bias=part.bias.to(dtype))
         parts.append(part)
     return x.to(dtype), parts
 

@@ -15,6 +15,7 @@ from pronghorn.ops.shapes import ACTIVATIONS, Activation, MlpLayout
 from pronghorn.patching.adapted import linear_shape, lora_parts
 from pronghorn.patching.forwards import NO_GRADIENT, Declined, InstanceForward
 from pronghorn.patching.proof import distance, randomise
+from pronghorn.quant.library import compute_in
 
 # float32 results of the same formula in another order of operations differ by less; another formula by far
 # more
@@ -102,6 +103,7 @@ def _candidates(module: nn.Module) -> list[tuple[tuple[str, ...], str, MlpLayout
 def fit_mlp(module: nn.Module, shape: tuple[int, ...]) -> MlpForm | Declined:
     """The roles and activation that reproduce the module's numbers in train mode, or why none do."""
     clone = copy.deepcopy(module).float().train()
+    compute_in(clone, torch.float32)
     randomise(clone)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((1, 5, *shape[2:]) if len(shape) > 2 else (5, *shape[1:]), generator=generator)
