@@ -64,8 +64,9 @@ def _compare(base: Any, report: PatchReport, without: tuple[str, ...]) -> Verdic
 
 def _float32_bytes(base: Any) -> int:
     """What a float32 copy takes, its 4-bit weights decoded."""
-    packed = sum(m.in_features * m.out_features - m.weight.numel() for _, m in linears_4bit(base))
-    return 4 * (packed + sum(p.numel() for p in base.parameters()))
+    packed: int = sum(m.in_features * m.out_features - m.weight.numel() for _, m in linears_4bit(base))
+    stored: int = sum(parameter.numel() for parameter in base.parameters())
+    return 4 * (packed + stored)
 
 
 def _in_float32(base: Any, batches: list[dict[str, Tensor]]) -> list[Tensor]:
