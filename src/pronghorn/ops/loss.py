@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from pronghorn.ops.graph import record
@@ -130,7 +131,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         chain, ignore_index, mean, pieces = how
         counted = labels != ignore_index
-        kept = counted.nonzero().squeeze(1) if pieces.compact else None
+        kept = _rows_of(counted) if pieces.compact else None
         scale, late = 1.0, None  # the mean's factor: now where the count is known here, else at the end
         if mean and kept is not None:
             scale = 1.0 / max(kept.numel(), 1)
@@ -169,6 +170,13 @@ class _CrossEntropy(torch.autograd.Function):
         rest = iter(made)
         grads = [(next(rest) * dloss).to(ctx.dtype) if have else None for have in ctx.have]
         return (*grads, None, None)
+
+
+def _rows_of(counted: Tensor) -> Tensor:
+    """The indices of the rows that count; of a tensor of shapes only, all of them."""
+    if isinstance(counted, FakeTensor):
+        return torch.arange(len(counted), device=counted.device)
+    return counted.nonzero().squeeze(1)
 
 
 def _take(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pronghorn.errors import MissingDependencyError
+from pronghorn.quant import nf4
 
 # bitsandbytes tells here, at import, that an optional kernel of its own is not installed
 _NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
@@ -82,3 +83,48 @@ def state_tensors(module: Any) -> Iterator[torch.Tensor]:
             yield from (tensor for tensor in (one.absmax, one.code) if isinstance(tensor, torch.Tensor))
     if isinstance(state.offset, torch.Tensor):
         yield state.offset
+
+
+def blank_linear_4bit(linear: torch.nn.Linear, dtype: torch.dtype) -> Any:
+    """The 4-bit layer that ``linear`` (on the meta device) becomes when its weight is quantised to NF4."""
+    layer = bitsandbytes().nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def blank_packed(blank: Any) -> torch.nn.Parameter:
+    """The packed weight of a ``blank_linear_4bit`` with its quantisation state, all of it empty."""
+    blocks = -(-blank.numel() // nf4.BLOCK)
+    state = bitsandbytes().functional.QuantState
+    nested = state(
+        absmax=torch.empty(-(-blocks // nf4.NESTED_BLOCK)),
+        blocksize=nf4.NESTED_BLOCK,
+        code=torch.empty(256),
+        dtype=torch.float32,
+    )
+    data = torch.empty(((blank.numel() + 1) // 2, 1), dtype=torch.uint8)
+    packed: Any = torch.nn.Parameter(data, requires_grad=False)
+    packed.quant_state = state(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=torch.Size(blank.shape),
+        code=torch.empty(16),
+        blocksize=nf4.BLOCK,
+        quant_type="nf4",
+        dtype=blank.dtype,
+        offset=torch.empty(()),
+        state2=nested,
+    )
+    for name in ("compress_statistics", "quant_type", "quant_storage", "blocksize"):
+        setattr(packed, name, getattr(blank, name, None))
+    found: torch.nn.Parameter = packed
+    return found

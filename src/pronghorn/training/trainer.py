@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pronghorn.errors import NonFiniteLossError
 from pronghorn.training.collate import TOKENS, RowCollator
-from pronghorn.training.config import RunConfig
+from pronghorn.training.config import RunConfig, TrainingSection
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
 
@@ -57,6 +57,11 @@ class Schedule:
         return cls(per_epoch, total, int(total * training.warmup_ratio))
 
 
+def runs_in_bf16(training: TrainingSection, dtype: torch.dtype) -> bool:
+    """Whether the forward pass runs under autocast to bfloat16, for a base held in ``dtype``."""
+    return training.precision == "bf16" or (training.precision == "auto" and dtype == torch.bfloat16)
+
+
 def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: Any) -> SFTConfig:
     """TRL's arguments for ``config``; evaluation, saving and stopping are driven by our callbacks instead.
 
@@ -69,7 +74,7 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
     training = config.training
     known = {item.name for item in dataclasses.fields(SFTConfig)}
     on_cpu = model.device.type == "cpu"
-    bf16 = training.precision == "bf16" or (training.precision == "auto" and model.dtype == torch.bfloat16)
+    bf16 = runs_in_bf16(training, model.dtype)
     # transformers 5.22 renamed gradient_checkpointing*; the old names warn there
     recompute = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -247,3 +252,13 @@ def non_finite(what: str, value: float, step: int, where: str = "") -> NonFinite
 def first_names(names: list[str]) -> str:
     """The end of a sentence that names up to three tensors; empty for none."""
     return f", in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+
+
+def add_fused_head(base: Any) -> bool:
+    """Put TRL's fused head on a model as its trainer does; False where TRL has none (before 1.15)."""
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return False
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    return True
