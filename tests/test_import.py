@@ -23,6 +23,7 @@ PUBLIC_NAMES = [
     "get_chat_template",
     "inspect_data",
     "load",
+    "plan",
     "standardize_data_formats",
     "standardize_sharegpt",
     "to_sharegpt",

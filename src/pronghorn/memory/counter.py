@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 RESOLUTION = 1e-3
 
 
-class LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     """Remembers every storage made inside the block: ``alive`` sums those that still exist.
 
     ``peak`` is the highest sum so far, seen after each operation, to ``RESOLUTION``.
@@ -27,7 +27,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self, ignore: Iterable[int] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ignore = frozenset(ignore)
         self.peak = 0
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -46,19 +46,24 @@ class LiveStorages(TorchDispatchMode):
         key = storage._cdata
         # a weak reference keeps the address: a key that is known is the same storage, alive or not
         if key not in self.ignore and key not in self._seen:
-            self._seen[key] = (StorageWeakRef(storage), storage.nbytes())
+            self._seen[key] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
             self._bound += storage.nbytes()
 
     def alive(self) -> int:
         """Bytes of the storages that were made inside the block and still exist."""
-        self._seen = {key: found for key, found in self._seen.items() if not found[0].expired()}
+        self._seen = {
+            key: found
+            for key, found in self._seen.items()
+            if not found[0].expired()  # type: ignore[no-untyped-call]
+        }
         self._bound = sum(size for _, size in self._seen.values())
         return self._bound
 
 
 def storage_key(tensor: Tensor) -> int:
     """The same number for all tensors that share a storage, as long as the storage exists."""
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def held_storages(model: nn.Module) -> dict[int, int]:

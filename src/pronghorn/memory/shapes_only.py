@@ -21,7 +21,7 @@ class ShapesOnly:
     def __enter__(self) -> ShapesOnly:
         stack = ExitStack()
         stack.enter_context(self._fake)
-        stack.enter_context(_GroupedProducts())
+        stack.enter_context(_GroupedProducts())  # type: ignore[no-untyped-call]
         self._entered.append(stack)
         return self
 
@@ -34,7 +34,7 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-class _GroupedProducts(TorchDispatchMode):
+class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     """Grouped products in every dtype: torch's own rule for shapes refuses all but bfloat16."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

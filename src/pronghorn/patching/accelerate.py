@@ -16,6 +16,7 @@ from pronghorn.memory.layers import RecomputeSwitch, make_plan
 from pronghorn.patching import attentions, head, linears, mlps, norms
 from pronghorn.patching.adapted import is_adapted, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked
+from pronghorn.patching.mlps import MlpForm
 from pronghorn.patching.proof import Build, Verdict, prove
 from pronghorn.patching.report import REPLACEABLE, Choice, Part, PatchReport
 from pronghorn.patching.signature import signature
@@ -220,7 +221,7 @@ class Prover:
         forward = mlps.MlpForward(module, form, tile)
         return self._prove(name, module, lambda clone: [mlps.MlpForward(clone, form, tile)], [forward])
 
-    def _fit_mlp(self, module: nn.Module, shape: tuple[int, ...]) -> mlps.MlpForm | Declined:
+    def _fit_mlp(self, module: nn.Module, shape: tuple[int, ...]) -> MlpForm | Declined:
         return mlps.fit_mlp(module, shape)
 
     def linears(self, kinds: Sequence[str], taken: set[str], base: Any) -> Chosen:

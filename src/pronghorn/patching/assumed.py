@@ -19,8 +19,9 @@ from pronghorn.adapters.origin import base_of
 from pronghorn.memory.shapes_only import ShapesOnly
 from pronghorn.patching import mlps, norms
 from pronghorn.patching.accelerate import Prover, find_and_replace, put_recompute
-from pronghorn.patching.adapted import linear_shape
+from pronghorn.patching.adapted import linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward
+from pronghorn.patching.linears import LinearForward
 from pronghorn.patching.proof import Build
 from pronghorn.patching.report import Choice, PatchReport
 from pronghorn.patching.trace import sample_batch
@@ -50,6 +51,11 @@ class ShapeProver(Prover):
         self, name: str, subject: nn.Module, build: Build, forwards: list[InstanceForward]
     ) -> tuple[str, list[InstanceForward]]:
         del name, subject, build
+        for forward in forwards:
+            if isinstance(forward, LinearForward):
+                state = lora_part(forward.module, training=True)
+                if isinstance(state, Declined):
+                    return str(state), []
         return ASSUMED, forwards
 
 

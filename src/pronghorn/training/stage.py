@@ -52,6 +52,17 @@ class Stage:
     """
 
     def __init__(self, config: RunConfig) -> None:
+        with torch.random.fork_rng(devices=[]):  # nobody's random numbers depend on a plan
+            self._build(config)
+        self._depth = Depth(self.model)
+        self.upper: str | None = None
+        self.report: PatchReport | None = None
+        self._fused = False
+        self._known: dict[Any, Any] = {}
+        with torch.random.fork_rng(devices=[]):
+            self._prepare()
+
+    def _build(self, config: RunConfig) -> None:
         wanted = config.model
         source = resolve(wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
         is_adapter = source.kind is SourceKind.ADAPTER
@@ -78,12 +89,6 @@ class Stage:
         self._shapes = ShapesOnly()
         as_fake(self.model, self._shapes)
         self._count()
-        self._depth = Depth(self.model)
-        self.upper: str | None = None
-        self.report: PatchReport | None = None
-        self._fused = False
-        self._known: dict[Any, Any] = {}
-        self._prepare()
 
     def _count(self) -> None:
         """What is held all the time, by the arithmetic of the load report."""
@@ -171,6 +176,11 @@ class Stage:
         return int(weight.shape[-1]) * self.dtype.itemsize
 
     @property
+    def positions(self) -> int | None:
+        """The most tokens of a row that the model was made for."""
+        return getattr(base_of(self.model).config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def layers(self) -> int:
         """Layers of the model."""
         return self._depth.count
@@ -205,7 +215,7 @@ class Stage:
     def _running(self, layers: Sequence[int], setting: Recompute, budget: int | None) -> Iterator[None]:
         """The model with these layers only, recomputing as ``setting`` says."""
         mode = RECOMPUTE_MODES[setting]
-        with _quiet(), self._depth.only(layers):
+        with _quiet(), torch.random.fork_rng(devices=[]), self._depth.only(layers):
             if mode is None:
                 switched: AbstractContextManager[None] = nullcontext()
             elif self.config.training.accelerate:

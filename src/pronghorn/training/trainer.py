@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -26,6 +26,9 @@ from pronghorn.training.config import RunConfig, TrainingSection
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
 
+if TYPE_CHECKING:
+    from pronghorn.training.meter import Meter
+
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
 
 
@@ -36,6 +39,7 @@ class LoopState:
     stop: StopSignals = field(default_factory=StopSignals)
     phase: str = "training"  # or "evaluation", "saving": what an error that arrives now belongs to
     tokens: int = 0  # tokens seen since the start of the run, padding not counted
+    meter: Meter | None = None  # of the first optimizer step
     eval_due: bool = False  # an evaluation was put off because the run had to stop
 
 
@@ -172,11 +176,20 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.loop.tokens += int(
             inputs.pop(TOKENS).sum() if TOKENS in inputs else inputs["attention_mask"].sum()
         )
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        meter = self.loop.meter
+        with contextlib.nullcontext() if meter is None else meter.micro_step(self.model, inputs):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise non_finite("loss", loss.item(), self.state.global_step + 1)
         self._require_finite_gradients()
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; what is alive after it is what backward needs."""
+        result = super().compute_loss(*args, **kwargs)
+        if self.loop.meter is not None:
+            self.loop.meter.forward_done()
+        return result
 
     def _require_finite_gradients(self) -> None:
         """Before clipping: it would spread a NaN over all tensors, and scale an overflowed norm to 0."""
