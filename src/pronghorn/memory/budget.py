@@ -92,6 +92,8 @@ class Need:
     adapters: int
     optimizer: int
     step: StepBytes
+    buffers: int = 0
+    """what layers in 4-bit are decoded into"""
     at_start: int = 0
     """beside the weights and adapters before the first step: the copy that proves the acceleration"""
     on_host: int = 0
@@ -100,7 +102,7 @@ class Need:
     @property
     def tensors(self) -> int:
         """The highest sum of tensors at any time of the run."""
-        held = self.weights + self.adapters
+        held = self.weights + self.adapters + self.buffers
         return held + max(self.optimizer + self.step.peak - self.on_host, self.at_start)
 
     def total(self, card: Card) -> int:

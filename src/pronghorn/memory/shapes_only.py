@@ -29,11 +29,6 @@ class ShapesOnly:
         self._entered.pop().close()
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no numbers."""
-    return isinstance(tensor, FakeTensor)
-
-
 class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     """Grouped products in every dtype: torch's own rule for shapes refuses all but bfloat16."""
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from pronghorn.ops.graph import record
+from pronghorn.ops.graph import is_fake, record
 from pronghorn.ops.reference import apply_step
 from pronghorn.ops.shapes import LogitStep
 
@@ -174,7 +173,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _rows_of(counted: Tensor) -> Tensor:
     """The indices of the rows that count; of a tensor of shapes only, all of them."""
-    if isinstance(counted, FakeTensor):
+    if is_fake(counted):
         return torch.arange(len(counted), device=counted.device)
     return counted.nonzero().squeeze(1)
 

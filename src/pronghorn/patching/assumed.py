@@ -17,7 +17,7 @@ from torch import nn
 
 from pronghorn.adapters.origin import base_of
 from pronghorn.memory.shapes_only import ShapesOnly
-from pronghorn.patching import mlps, norms
+from pronghorn.patching import experts, mlps, norms
 from pronghorn.patching.accelerate import Prover, find_and_replace, put_recompute
 from pronghorn.patching.adapted import linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward
@@ -46,6 +46,14 @@ class ShapeProver(Prover):
     def _fit_mlp(self, module: nn.Module, shape: tuple[int, ...]) -> mlps.MlpForm | Declined:
         narrow, by = _narrow(module)
         return mlps.fit_mlp(narrow, (*shape[:-1], shape[-1] // by))
+
+    def _experts(self, name: str, inner: str, tile: int | None) -> tuple[str, list[InstanceForward]]:
+        form = experts.fit_experts(self.modules[inner])
+        if isinstance(form, Declined):
+            return str(form), []
+        if name not in self.trace.routed:
+            return self._unreachable(name) or "called with more than states, choices and weights", []
+        return ASSUMED, [experts.ExpertsForward(self.modules[name], form, tile)]
 
     def _prove(
         self, name: str, subject: nn.Module, build: Build, forwards: list[InstanceForward]

@@ -26,6 +26,7 @@ class Meter:
         self._saved = 0
         self._live: LiveStorages | None = None
         self._held = 0
+        self._before = 0
 
     @contextmanager
     def micro_step(self, model: Any, inputs: dict[str, Any]) -> Iterator[None]:
@@ -36,8 +37,9 @@ class Meter:
         self._held = sum(dtype_bytes(model).values())
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() - there
             yield
-            peak = torch.cuda.max_memory_allocated() - self._held
+            peak = torch.cuda.max_memory_allocated() - self._before
         else:
             with LiveStorages(held) as self._live:
                 yield
@@ -47,7 +49,7 @@ class Meter:
 
     def forward_done(self) -> None:
         """Between forward and backward."""
-        alive = torch.cuda.memory_allocated() - self._held if self._live is None else self._live.alive()
+        alive = torch.cuda.memory_allocated() - self._before if self._live is None else self._live.alive()
         self._saved = alive
 
     def summary(self, optimizer: Any) -> dict[str, Any]:

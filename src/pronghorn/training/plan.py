@@ -152,6 +152,7 @@ class Planner:
             adapters=stage.adapter_bytes,
             optimizer=self.optimizer_bytes(),
             step=self.step(shape, setting),
+            buffers=self.stage.buffer_bytes,
             at_start=proof if proven else 0,
             on_host=offloaded if setting == "unsloth" and not self.card.is_cpu and not stage.upper else 0,
         )

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pronghorn.attention.unmasked import unmasked
 from pronghorn.memory.budget import StepBytes
 from pronghorn.memory.counter import LiveStorages, held_storages
-from pronghorn.memory.shapes_only import is_fake
+from pronghorn.ops.graph import is_fake
 
 # torch counts addmm but not its in-place form, by which adapters are added
 _IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, *args, out_shape=None, **kwargs: 2 * a[0] * a[1] * b[1]}

@@ -27,6 +27,7 @@ from pronghorn.memory.shapes_only import ShapesOnly
 from pronghorn.memory.upper import upper_step
 from pronghorn.patching.accelerate import RECOMPUTE_MODES
 from pronghorn.patching.assumed import accelerate_shapes, recomputing
+from pronghorn.patching.places import PlacesSwitch
 from pronghorn.patching.report import PatchReport
 from pronghorn.patching.trl_head import assume_unit_gradient
 from pronghorn.sources.record import read_record
@@ -109,8 +110,17 @@ class Stage:
                 self._fused = add_fused_head(base)
                 if self.config.training.accelerate:
                     assume_unit_gradient(base)
+            if self.upper is None and self.quantised:  # the buffer for decoded weights is made once, and held
+                with self._running(self._depth.few, False, None):
+                    rehearse(self.model, BatchShape(rows=1, tokens=1), self.how())
         except _NEEDS_NUMBERS as error:
             self.upper = _why(error)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What all layers in 4-bit share to be decoded into."""
+        switches = [] if self.report is None else self.report.switches
+        return sum(s.buffer.elements * self.dtype.itemsize for s in switches if isinstance(s, PlacesSwitch))
 
     def how(self) -> Arithmetic:
         """How the trainer runs the model."""
