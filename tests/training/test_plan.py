@@ -20,6 +20,7 @@ from pronghorn.training import plan as planning
 from pronghorn.training.config import RunConfig, parse_config
 from pronghorn.training.plan import Plan, Planner, require_fit
 from pronghorn.training.run import train
+from scripts.first_run import ROOT, commands
 from tests.training.conftest import MakeConfig
 
 BIG = Card("test", 10**9, "as given", is_cpu=True)
@@ -161,3 +162,16 @@ def test_nothing_but_headers_is_read(config: RunConfig, monkeypatch: pytest.Monk
     before = torch.random.get_rng_state()
     assert Planner(config, BIG).brief().fits
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_commands_of_the_documentation_run(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_yaml(config, tmp_path)
+    typed = commands((ROOT / "docs" / "plan.md").read_text(encoding="utf-8"))
+    assert len(typed) == 3
+    for command in typed:
+        assert command.startswith("pronghorn plan run.yaml")
+        done = CliRunner().invoke(app, command.split()[1:])
+        assert done.exit_code == 0, done.output
