@@ -59,6 +59,8 @@ class Arithmetic:
     """under autocast to bfloat16"""
     fused_head: bool = True
     """TRL's own fused head is on the model (from 1.15); before, TRL reads the logits for its metrics"""
+    reads_logits: bool = True
+    """without the fused head: for TRL's metrics"""
     accumulates: bool = False
     """gradients of an earlier micro-step are there already"""
 
@@ -109,8 +111,9 @@ def micro_loss(model: Any, batch: dict[str, Tensor], how: Arithmetic) -> Tensor:
             fused: Tensor = -out.log_probs.sum() / batch["labels"].shape[0]
             return fused
         out = model(**batch, use_cache=False)
-        with torch.no_grad():
-            logits = out.logits.float() if how.bf16 else out.logits
-            logits[..., :-1, :].contiguous().argmax(-1)
+        if how.reads_logits:
+            with torch.no_grad():
+                logits = out.logits.float() if how.bf16 else out.logits
+                logits[..., :-1, :].contiguous().argmax(-1)
         loss: Tensor = out.loss
         return loss
