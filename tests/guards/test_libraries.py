@@ -28,7 +28,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
     "transformers": (
         "adapters.",
-        "attention.interface",
+        "attention.",
         "data.",
         "export.",
         "loading.",

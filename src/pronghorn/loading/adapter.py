@@ -60,6 +60,24 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
     return wrapped
 
 
+def attach_blank(model: Any, source: Source) -> PeftModel:
+    """Wrap a model on the meta device with an adapter of the shape of ``source``, trainable; nothing is read.
+
+    Raises:
+        AdapterError: the adapter's config does not fit the base.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(source.path))
+        config.inference_mode = False
+        with seeded(0), peft_warnings():
+            return PeftModel(model, config)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise AdapterError(
+            f"the adapter {source.path} does not fit its base: {error}",
+            fix="check that adapter_config.json belongs to these weights, or pass base= with another base",
+        ) from error
+
+
 def _compare(
     model: PeftModel, expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> list[str]:

@@ -100,6 +100,12 @@ class TrainingSection(Section):
         "as many layers as the free memory asks for.",
     )
 
+    over_budget: Literal["refuse", "warn", "skip"] = Field(
+        "refuse",
+        description="What happens when the plan of the run needs more memory than there is: refuse to "
+        "train, warn and train, or skip the plan.",
+    )
+
     @model_validator(mode="after")
     def _planned_recompute_needs_acceleration(self) -> TrainingSection:
         if isinstance(self.recompute, str) and not self.accelerate:
@@ -214,6 +220,17 @@ def parse_config(values: Any, *, origin: str = "configuration") -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise explain(error, RunConfig, origin) from None
+
+
+def as_config(config: RunConfig | str | Path | dict[str, Any]) -> RunConfig:
+    """A configuration as it is given to public functions: ready, as a mapping, or the path of a run.yaml.
+
+    Raises:
+        ConfigError: as ``parse_config`` and ``load_config``.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
