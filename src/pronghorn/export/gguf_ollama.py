@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
@@ -83,17 +84,22 @@ def modelfile(weights: str, tokens: TokenPlan) -> str:
 
 def find_pieces(fast: Any) -> Pieces | None:
     """What the tokenizer's chat template puts around messages; None where that is no fixed text."""
-    try:
-        pieces = _find(fast)
-        trials = list(_TRIALS)
-        if pieces is not None and pieces.system is not None:
-            trials += [(("system", "be brief"), *turns) for turns in _TRIALS]
-        right = pieces is not None and all(_said(fast, turns) == pieces.render(turns) for turns in trials)
-    except (TemplateError, ValueError, TypeError, KeyError):
-        return None
-    if pieces is None or not right or any(mark in pieces.render(_TRIALS[0]) for mark in ("{{", '"""')):
-        return None
-    return pieces
+    for find in (_apart, _joined):
+        try:
+            pieces = find(fast)
+            if pieces is not None and _predicts(fast, pieces):
+                return pieces
+        except (TemplateError, ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def _predicts(fast: Any, pieces: Pieces) -> bool:
+    trials = list(_TRIALS)
+    if pieces.system is not None:
+        trials += [(("system", "be brief"), *turns) for turns in _TRIALS]
+    right = all(_said(fast, turns) == pieces.render(turns) for turns in trials)
+    return right and not any(mark in pieces.render(_TRIALS[0]) for mark in ("{{", '"""'))
 
 
 def _said(fast: Any, turns: Turns, *, prompt: bool = True) -> str:
@@ -104,32 +110,45 @@ def _said(fast: Any, turns: Turns, *, prompt: bool = True) -> str:
     return text.removeprefix(fast.bos_token) if adds else text
 
 
-def _find(fast: Any) -> Pieces | None:
+def _apart(fast: Any) -> Pieces | None:
+    """Each message with a start and an end of its own: most templates."""
     one = _said(fast, [("user", _U)], prompt=False)
     prompt = _said(fast, [("user", _U)]).removeprefix(one)
     first, user_end = one.split(_U)
     closed = _said(fast, [("user", _U), ("assistant", _A)], prompt=False).split(_A)[1]
-    between, rest = (
-        _said(fast, [("user", _U), ("assistant", _A), ("user", _V)], prompt=False).split(_U)[1].split(_A)
-    )
+    three = _said(fast, [("user", _U), ("assistant", _A), ("user", _V)], prompt=False)
+    between, rest = three.split(_U)[1].split(_A)
     user_start = rest.split(_V)[0].removeprefix(closed)
     if not between.startswith(user_end) or not first.endswith(user_start):
         return None
-    head = first.removesuffix(user_start)
-    start = fast.bos_token if fast.bos_token and head.startswith(fast.bos_token) else ""
-    return Pieces(
-        start=start,
-        default=head.removeprefix(start),
-        system=_system(fast, start, user_start),
-        user=(user_start, user_end),
-        assistant=(between.removeprefix(user_end), closed),
-        prompt=prompt,
-    )
+    start, default = _head(fast, first.removesuffix(user_start))
+    assistant = (between.removeprefix(user_end), closed)
+    system = _system(fast, start, user_start)
+    return Pieces(start, default, system, (user_start, user_end), assistant, prompt)
+
+
+def _joined(fast: Any) -> Pieces | None:
+    """What opens the answer taken as the end of the user's message: templates that end otherwise without it."""
+    first, opening = _said(fast, [("user", _U)]).split(_U)
+    between, rest = _said(fast, [("user", _U), ("assistant", _A), ("user", _V)]).split(_U)[1].split(_A)
+    before = rest.split(_V)[0]
+    if between != opening:
+        return None
+    user_start = commonprefix([first[::-1], before[::-1]])[::-1]
+    start, default = _head(fast, first.removesuffix(user_start))
+    system = _system(fast, start, user_start)
+    return Pieces(start, default, system, (user_start, opening), ("", before.removesuffix(user_start)), "")
+
+
+def _head(fast: Any, text: str) -> tuple[str, str]:
+    """What stands before the first message: the start token, and the system message given by default."""
+    start = fast.bos_token if fast.bos_token and text.startswith(fast.bos_token) else ""
+    return start, text.removeprefix(start)
 
 
 def _system(fast: Any, start: str, user_start: str) -> tuple[str, str] | None:
     try:
-        text = _said(fast, [("system", _S), ("user", _U)], prompt=False).removeprefix(start)
+        text = _said(fast, [("system", _S), ("user", _U)]).removeprefix(start)
     except TemplateError:
         return None
     before, rest = text.split(_S)

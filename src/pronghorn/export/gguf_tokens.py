@@ -174,7 +174,7 @@ def _load(folder: Path) -> Any:
 def _types(texts: Mapping[int, str], added: Mapping[int, Any], model: Mapping[str, Any]) -> dict[int, int]:
     found = {}
     for number, text in texts.items():
-        if number in added:
+        if number in added and _searched(added[number]):
             found[number] = CONTROL if added[number]["special"] else USER_DEFINED
         elif model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x"):
             found[number] = BYTE
@@ -183,6 +183,11 @@ def _types(texts: Mapping[int, str], added: Mapping[int, Any], model: Mapping[st
         if model.get("byte_fallback") and text == model.get("unk_token"):
             found[number] = UNKNOWN
     return found
+
+
+def _searched(token: Mapping[str, Any]) -> bool:
+    """Whether transformers finds this added token in a text: one made of escaped blanks only where they are."""
+    return bool(token["normalized"]) or SPACE not in token["content"]
 
 
 def _token_list(texts: Mapping[int, str], types: Mapping[int, int], *, sentencepiece: bool) -> list[str]:
