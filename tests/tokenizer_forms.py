@@ -40,12 +40,12 @@ TEKKEN = _CASED.replace("#", "").replace("@", "")
 GPT4O = _CASED.replace("#", _WORDS + "?").replace("@", "{1,3}")
 
 LLAMA3_CHAT = (
-    "{{- bos_token }}{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' "
-    "+ m['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- bos_token }}{%- for m in messages %}"
+    "{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 GEMMA_CHAT = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}"
     "{% endif %}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
@@ -55,12 +55,13 @@ PHI3_CHAT = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 MISTRAL_CHAT = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 QWEN_CHAT = (
-    "{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{%- endif %}"
-    + tiny.CHATML
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{%- endif %}" + tiny.CHATML
 )
 
 
@@ -149,7 +150,7 @@ def llama3() -> PreTrainedTokenizerFast:
 
 
 def qwen2() -> PreTrainedTokenizerFast:
-    """Qwen 2, 2.5 and 3: single digits, NFC, no start token, a default system message, tokens that are text."""
+    """Qwen 2, 2.5 and 3: single digits, NFC, no start token, a default system message."""
     called = AddedToken("<tool_call>", special=False, normalized=False)
     made = _byte_level(_split(QWEN2), ["<|endoftext|>", "<|im_start|>", "<|im_end|>", called])
     made.normalizer = normalizers.NFC()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
@@ -128,16 +127,24 @@ def _apart(fast: Any) -> Pieces | None:
 
 
 def _joined(fast: Any) -> Pieces | None:
-    """What opens the answer taken as the end of the user's message: templates that end otherwise without it."""
+    """What opens the answer taken as the end of the user's message: some templates end otherwise without."""
     first, opening = _said(fast, [("user", _U)]).split(_U)
     between, rest = _said(fast, [("user", _U), ("assistant", _A), ("user", _V)]).split(_U)[1].split(_A)
     before = rest.split(_V)[0]
     if between != opening:
         return None
-    user_start = commonprefix([first[::-1], before[::-1]])[::-1]
+    user_start = _common_end(first, before)
     start, default = _head(fast, first.removesuffix(user_start))
     system = _system(fast, start, user_start)
     return Pieces(start, default, system, (user_start, opening), ("", before.removesuffix(user_start)), "")
+
+
+def _common_end(one: str, two: str) -> str:
+    """The longest text that both end with."""
+    size = 0
+    while size < min(len(one), len(two)) and one[-size - 1] == two[-size - 1]:
+        size += 1
+    return one[len(one) - size :]
 
 
 def _head(fast: Any, text: str) -> tuple[str, str]:

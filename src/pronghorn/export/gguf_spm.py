@@ -7,6 +7,7 @@ The scores are the ranks of the merges, and the equality of both ways is tried o
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,9 +82,8 @@ def differing_text(fast: Any, spec: Mapping[str, Any], scores: Sequence[float]) 
     """The first probe that llama.cpp's procedure cuts differently than the tokenizer, if there is one."""
     vocabulary = spec["model"]["vocab"]
     added = [token["content"] for token in spec.get("added_tokens", [])]
-    for text in PROBES:
-        if any(token in text for token in added):
-            continue
+    between = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "$^")
+    for text in (part for probe in PROBES for part in between.split(probe) if part):
         wanted = fast(text, add_special_tokens=False)["input_ids"]
         starts = wanted and fast.convert_ids_to_tokens(wanted[0]).startswith(SPACE)
         escaped = (SPACE if starts else "") + text.replace(" ", SPACE)

@@ -186,7 +186,7 @@ def _types(texts: Mapping[int, str], added: Mapping[int, Any], model: Mapping[st
 
 
 def _searched(token: Mapping[str, Any]) -> bool:
-    """Whether transformers finds this added token in a text: one made of escaped blanks only where they are."""
+    """Whether transformers searches this added token in plain text: escaped blanks are not there."""
     return bool(token["normalized"]) or SPACE not in token["content"]
 
 
