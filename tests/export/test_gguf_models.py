@@ -33,7 +33,11 @@ def plan(folder: Path) -> ModelPlan:
         ("gemma2", {"tie_word_embeddings": False}, "which llama.cpp's gemma2 cannot hold"),
         ("qwen3", {"attention_bias": True}, r"2 tensors have no place in .*o_proj\.bias"),
         ("qwen2", {"num_attention_heads": 4, "head_dim": 32}, "4 heads of 32 are not hidden_size 64"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope scaling 'dynamic' is not computed",
+        ),
         (
             "qwen2",
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,

@@ -1,4 +1,4 @@
-"""The Modelfile's Go template, rendered by a small reading of Go's rules, says what the chat template says."""
+"""The Modelfile's Go template, rendered by a small reading of Go's rules, is the chat template."""
 
 from __future__ import annotations
 
