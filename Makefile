@@ -33,7 +33,7 @@ test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests 
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
 	$(VENV)/bin/ruff format --check .

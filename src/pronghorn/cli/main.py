@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -45,11 +46,17 @@ for _verb in VERBS:
 
 def main() -> None:
     """Run the command line. The one place where an error becomes a message on stderr and an exit code."""
+    # PEFT imports bitsandbytes wherever it is installed, which then tells of an optional kernel it lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except PronghornError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # a disk or a permission, which no room can mend; anything else keeps its traceback
+        print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.adapters.files import read_adapter
+from pronghorn.adapters.tokenizer_files import TOKENIZER
 from pronghorn.export.files import check_space
 from pronghorn.export.formats import GGUF_LORA
 from pronghorn.export.gguf_engine import quantise, quantiser
@@ -21,7 +22,6 @@ from pronghorn.export.gguf_write import WRITTEN, Output, computed, require_gguf,
 from pronghorn.export.job import Job, verified
 from pronghorn.export.onto import base_weights, without_quantization
 from pronghorn.export.report import ExportReport
-from pronghorn.export.vocabulary import TOKENIZER
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
 from pronghorn.sources.source import Source, SourceKind
 from pronghorn.weights.folder import WeightFolder, open_weights

@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from pronghorn.adapters.tokenizer_files import GENERATION, TOKENIZER
 from pronghorn.errors import NotSupportedError, SourceError
 from pronghorn.export.gguf_spm import SPACE, differing_text, merge_scores, prefix_of
-from pronghorn.export.vocabulary import GENERATION, TOKENIZER
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
