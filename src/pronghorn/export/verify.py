@@ -13,19 +13,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pronghorn.errors import PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
+from pronghorn.export.verify_engines import EngineVerdict, as_json, judge
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row, without_quantization
+from pronghorn.export.verify_names import expected, tensors_agree
+from pronghorn.export.verify_readings import config_as_base, tokens_as_base
 from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
 from pronghorn.export.verify_weights import (
     config_sane,
     dtype_agrees,
     index_exact,
-    layers_complete,
     no_adapter_beside,
     no_peft_names,
     no_stale_weights,
@@ -43,7 +45,7 @@ MODEL_PROMISES: tuple[Promise, ...] = (
     no_stale_weights,
     no_adapter_beside,
     no_peft_names,
-    layers_complete,
+    tensors_agree,
     quantization_agrees,
     codes_complete,
     dtype_agrees,
@@ -53,7 +55,7 @@ MODEL_PROMISES: tuple[Promise, ...] = (
     special_ids_agree,
     template_parses,
 )
-MODEL_PROMISES_WITH_BASE: tuple[Promise, ...] = (same_as_base,)
+MODEL_PROMISES_WITH_BASE: tuple[Promise, ...] = (same_as_base, config_as_base, tokens_as_base)
 ADAPTER_PROMISES: tuple[Promise, ...] = (adapter_config_sane, adapter_complete, pairs_fit)
 ADAPTER_PROMISES_WITH_BASE: tuple[Promise, ...] = (pairs_fit_base,)
 
@@ -62,11 +64,15 @@ _RECORD = "pronghorn.json"
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked in ``folder`` (``kind``: "model" or "adapter"), one row per promise."""
+    """What was checked in ``folder`` (``kind``: "model" or "adapter"), one row per promise.
+
+    ``engines``: what each engine makes of a model folder, told from its files.
+    """
 
     folder: Path
     kind: str
     rows: tuple[Row, ...]
+    engines: tuple[EngineVerdict, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -101,14 +107,14 @@ class VerifyReport:
     def to_json(self) -> str:
         """The report as one JSON object."""
         rows = [asdict(row) for row in self.rows]
-        return json.dumps(
-            {"folder": str(self.folder), "kind": self.kind, "passed": self.passed, "rows": rows}
-        )
+        told = {"folder": str(self.folder), "kind": self.kind, "passed": self.passed, "rows": rows}
+        return json.dumps({**told, "engines": as_json(self.engines)})
 
     def __str__(self) -> str:
         marks = {True: "ok", False: "BROKEN", None: "not verified"}
         lines = [f"{self.folder} ({self.kind})"]
         lines += [f"  {marks[row.ok]:<12}  {row.name}: {row.detail}" for row in self.rows]
+        lines += [f"  {one.outcome:<12}  {one.engine}: {one}" for one in self.engines]
         return "\n".join(lines)
 
 
@@ -155,9 +161,12 @@ def check_files(folder: Path, base: Path | None) -> VerifyReport:
         promises = MODEL_PROMISES + (MODEL_PROMISES_WITH_BASE if view.base else ())
     rows = [promise(view) for promise in promises]
     for promise, row in zip(promises, rows, strict=True):
-        if promise is layers_complete and row.ok is False and all(r.ok for r in rows if r is not row):
+        alone = promise is tensors_agree and row.ok is False and all(r.ok for r in rows if r is not row)
+        if alone and expected(view.config) is None:
             rows[rows.index(row)] = _asked_class(folder, row)
-    return VerifyReport(folder, "adapter" if view.is_adapter else "model", tuple(rows))
+    if view.is_adapter:
+        return VerifyReport(folder, "adapter", tuple(rows))
+    return VerifyReport(folder, "model", tuple(rows), judge(view, rows))
 
 
 def _asked_class(folder: Path, row: Row) -> Row:
@@ -165,12 +174,12 @@ def _asked_class(folder: Path, row: Row) -> Row:
     command = [sys.executable, "-m", "pronghorn.export.verify_class", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
-        answer = Row(**json.loads(done.stdout.strip().splitlines()[-1]))
-    except (IndexError, ValueError, TypeError):
+        answer = Row.of(json.loads(done.stdout.strip().splitlines()[-1]))
+    except (IndexError, ValueError, KeyError, TypeError):
         return row
     if answer.ok:
         return Row(row.name, True, f"layers differ as their class wants them ({answer.detail})")
-    return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}")
+    return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}", row.faults)
 
 
 def _existing(folder: str | Path, what: str) -> Path:
@@ -229,14 +238,15 @@ def _in_fresh_process(folder: Path, against: Path | None, base: Path | None, ont
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
-        return VerifyReport(folder, report["kind"], tuple(Row(**row) for row in report["rows"]))
+        files = check_files(folder, base)
+        return replace(files, rows=tuple(Row.of(row) for row in report["rows"]))
     except (IndexError, ValueError, KeyError, TypeError):
         said = done.stderr.strip().splitlines()
         reason = (
             f"the checking process ended with code {done.returncode}: {said[-1] if said else 'no message'}"
         )
         files = check_files(folder, base)
-        return VerifyReport(folder, files.kind, (*files.rows, Row("the deep check ran", None, reason)))
+        return replace(files, rows=(*files.rows, Row("the deep check ran", None, reason)))
 
 
 def _offline() -> dict[str, str]:
@@ -273,7 +283,7 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         return report
     if any(row.ok is False for row in report.rows):
         skipped = Row("the deep check ran", None, "a promise about the files is broken; it was not loaded")
-        return VerifyReport(report.folder, report.kind, (*report.rows, skipped))
+        return replace(report, rows=(*report.rows, skipped))
     from pronghorn.export.verify_deep import compute_promises
 
     adapter = _adapter_folder(_existing(options.against, "adapter folder")) if options.against else None
@@ -281,7 +291,7 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
     )
     rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded")
-    return VerifyReport(report.folder, report.kind, report.rows + rows)
+    return replace(report, rows=report.rows + rows)
 
 
 if __name__ == "__main__":
