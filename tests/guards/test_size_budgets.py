@@ -13,7 +13,8 @@ FUNCTION_LINES = 80
 KERNEL_LINES = 150  # a Triton kernel
 PARAMETERS = 8
 # the drop-in names keep the signatures that notebooks already call
-MANY_PARAMETERS = frozenset({"pronghorn.fast"})
+# and typer reads a command's options from its signature: these have more than eight
+MANY_PARAMETERS = frozenset({"pronghorn.fast", "pronghorn.cli.verify"})
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

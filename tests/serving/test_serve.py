@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -12,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pronghorn.cli.main import app
@@ -20,6 +22,7 @@ from pronghorn.serving import vllm
 from pronghorn.serving.chat import Chat
 from pronghorn.serving.plain import make_server
 from tests import tiny
+from tests.export.damage import config, put
 
 RUNNER = CliRunner()
 
@@ -61,15 +64,16 @@ def test_dry_run_prints_both_forms(made: tuple[Path, Path]) -> None:
 
 
 def test_a_bitsandbytes_folder_is_answered_with_the_plugin_and_the_better_format(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    config = json.loads((made[0] / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    passed = type("Passed", (), {"raise_if_broken": lambda self, **_: None})()
-    monkeypatch.setattr(vllm, "verify", lambda _: passed)
-    with pytest.raises(NotSupportedError) as caught:
-        vllm.plan_serving(tmp_path)
+    folder = shutil.copytree(made[0], tmp_path / "folder")
+    part = "model.layers.0.self_attn.q_proj.weight"
+    put(**{
+        f"{part}.absmax".replace(".", "__"): torch.ones(64, dtype=torch.uint8),
+    })(folder)  # fmt: skip
+    config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(folder)
+    with pytest.raises(NotSupportedError, match="does not load: vLLM reads no bitsandbytes") as caught:
+        vllm.plan_serving(folder)
     assert "vllm-bnb-plugin" in caught.value.fix
     assert "w4a16" in caught.value.fix
 

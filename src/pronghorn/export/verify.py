@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pronghorn.errors import PronghornError, SourceError, VerificationError
+from pronghorn.errors import ConfigError, PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
-from pronghorn.export.verify_engines import EngineVerdict, as_json, judge
-from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row, without_quantization
+from pronghorn.export.verify_engines import MEANING, EngineVerdict, as_json, engines_named, judge
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, FLOATS, Folder, Promise, Row, without_quantization
 from pronghorn.export.verify_names import expected, tensors_agree
 from pronghorn.export.verify_readings import config_as_base, tokens_as_base
 from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
@@ -104,6 +104,37 @@ class VerifyReport:
             fix="write the folder again with pronghorn export, or repair the file that is named",
         )
 
+    def engine(self, name: str) -> EngineVerdict:
+        """The verdict of one engine of ``verify_engines.ENGINES``, for a model folder."""
+        return next(one for one in self.engines if one.engine == name)
+
+    def raise_unless_served(self, engines: str) -> None:
+        """Raise for the first of the named engines that does not serve the folder rightly.
+
+        Args:
+            engines: Names with commas between: vllm, transformers, transformers5, transformers4.
+
+        Raises:
+            ConfigError: a name that is no engine.
+            VerificationError: names the folder, the engine, the reasons and the way out.
+        """
+        if self.kind == "adapter":
+            return
+        for verdict in self._named(engines):
+            if not verdict.ok:
+                reasons = "; ".join(verdict.reasons)
+                raise VerificationError(
+                    f"{self.folder} in {verdict.engine}: {MEANING[verdict.outcome]}: {reasons}",
+                    fix="; ".join(verdict.fixes),
+                )
+
+    def _named(self, engines: str) -> list[EngineVerdict]:
+        try:
+            names = engines_named(engines)
+        except ValueError as error:
+            raise ConfigError(f"--for: {error}", fix="choose among these") from error
+        return [verdict for verdict in self.engines if verdict.engine in names]
+
     def to_json(self) -> str:
         """The report as one JSON object."""
         rows = [asdict(row) for row in self.rows]
@@ -125,6 +156,7 @@ def verify(
     against: str | Path | None = None,
     base: str | Path | None = None,
     onto: str = "decoded",
+    vllm_python: Path | None = None,
 ) -> VerifyReport:
     """Check a model or adapter folder, made by pronghorn or by any other tool.
 
@@ -134,6 +166,7 @@ def verify(
         against: The adapter folder that it was merged from. With ``deep``, logits and greedy answers must be
             those of base + adapter, computed by plain PEFT in float32.
         base: The base folder. By default the one recorded beside the adapter.
+        vllm_python: With ``deep``, the interpreter of an environment with vLLM, which opens the folder, too.
         onto: "original": of a base that was in 4-bit at training, the 16-bit values were merged onto.
 
     Raises:
@@ -144,16 +177,15 @@ def verify(
     adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
     base_path = _existing(base, "base folder") if base is not None else _recorded_base(adapter or path)
     if deep:
-        return _in_fresh_process(path, adapter, base_path, onto)
+        options = ["--onto", onto, *(["--vllm-python", str(vllm_python)] if vllm_python else [])]
+        return _in_fresh_process(path, adapter, base_path, options)
     return check_files(path, base_path)
 
 
 def check_files(folder: Path, base: Path | None) -> VerifyReport:
     """The shallow part: headers and JSON files only."""
     view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
-    if view.base is not None and any(
-        one.config != without_quantization(one.config) for one in (view, view.base)
-    ):
+    if view.base is not None and (_in_4bit(view) or _in_4bit(view.base)):
         view = Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
     if view.is_adapter:
         promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
@@ -167,6 +199,15 @@ def check_files(folder: Path, base: Path | None) -> VerifyReport:
     if view.is_adapter:
         return VerifyReport(folder, "adapter", tuple(rows))
     return VerifyReport(folder, "model", tuple(rows), judge(view, rows))
+
+
+def _in_4bit(view: Folder) -> bool:
+    """Whether the config is of a quantised folder whose weights are quantised."""
+    try:
+        packed = any(tensor.dtype not in FLOATS for tensor in view.tensors.values())
+        return packed and view.config != without_quantization(view.config)
+    except (OSError, ValueError):
+        return False  # broken promises, which say so
 
 
 def _asked_class(folder: Path, row: Row) -> Row:
@@ -230,11 +271,13 @@ def _recorded_base(folder: Path) -> Path | None:
     return None
 
 
-def _in_fresh_process(folder: Path, against: Path | None, base: Path | None, onto: str) -> VerifyReport:
+def _in_fresh_process(
+    folder: Path, against: Path | None, base: Path | None, options: list[str]
+) -> VerifyReport:
     command = [sys.executable, "-m", "pronghorn.export.verify", str(folder), "--deep", "--json"]
     command += ["--against", str(against)] if against else []
     command += ["--base", str(base)] if base else []
-    command += ["--onto", onto]
+    command += options
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
@@ -261,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", help="the adapter folder it was merged from")
     parser.add_argument("--base", help="the base folder; by default the recorded one")
     parser.add_argument("--onto", choices=("decoded", "original"), default="decoded", help="of a 4-bit base")
+    parser.add_argument("--vllm-python", type=Path, help="with --deep: vLLM's interpreter opens it, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--allow-unverified", action="store_true", help="0 although something was not checked"
@@ -291,6 +335,10 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
     )
     rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded")
+    if options.vllm_python is not None and not any(row.ok is False for row in rows):
+        from pronghorn.export.verify_vllm import vllm_promises
+
+        rows += vllm_promises(report.folder, options.vllm_python)
     return replace(report, rows=report.rows + rows)
 
 

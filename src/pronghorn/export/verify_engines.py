@@ -61,6 +61,11 @@ class EngineVerdict:
     fixes: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The engine and the version that the table was held against."""
+        return f"{self.engine.split()[0]} {ENGINES[self.engine]}"
+
+    @property
     def ok(self) -> bool | None:
         """Whether the engine serves the folder rightly; None when that cannot be told."""
         return None if self.outcome == UNCLEAR else self.outcome in (RIGHT, NO_CHAT)
@@ -137,6 +142,7 @@ CONSEQUENCES: Mapping[str, Consequence] = {
         "export with --format w4a16, which vLLM reads itself; or install vllm-bnb-plugin beside vLLM",
     ),
     # config.json
+    "no config": Consequence(_ALL_REFUSE, _BASE),
     "no architectures": Consequence(_FINE, _BASE),
     "no model_type": Consequence(_ALL_REFUSE, _BASE),
     "class of another type": Consequence((RIGHT, RIGHT, LOGITS), _BASE),
@@ -162,14 +168,20 @@ CONSEQUENCES: Mapping[str, Consequence] = {
 
 
 def judge(folder: Folder, rows: Iterable[Row]) -> tuple[EngineVerdict, ...]:
-    """The verdict of every engine, from the faults of the promises and those that only engines mind."""
+    """The verdict of every engine."""
+    faults = faults_of(folder, rows)
+    return tuple(_verdict(number, engine, faults) for number, engine in enumerate(ENGINES))
+
+
+def faults_of(folder: Folder, rows: Iterable[Row]) -> list[Fault]:
+    """The faults of the promises, and those that only engines mind."""
     faults = [fault for row in rows for fault in row.faults]
     for reading in READINGS:
         try:
             faults += reading(folder)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             faults.append(Fault("", f"cannot be read: {error}"))
-    return tuple(_verdict(number, engine, faults) for number, engine in enumerate(ENGINES))
+    return faults
 
 
 def _verdict(number: int, engine: str, faults: list[Fault]) -> EngineVerdict:

@@ -56,8 +56,11 @@ def _answers(llm: Any, asked: dict[str, Any]) -> dict[str, Any]:
     rows = llm.generate([{"prompt_token_ids": ids} for ids in asked["rows"]], scoring, use_tqdm=False)
     greedy = SamplingParams(temperature=0.0, max_tokens=asked["max_tokens"])
     said = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], greedy, use_tqdm=False)
+    import vllm
+
     return {
         "error": None,
+        "version": vllm.__version__,
         "logprobs": [_logprobs(row) for row in rows],
         "tokens": [list(one.outputs[0].token_ids) for one in said],
         "chat": _attempt(lambda: _chat(llm, asked["chat"])),

@@ -149,6 +149,18 @@ def under(prefix: str, name: str) -> str:
     return prefix + name
 
 
+def original_name(name: str, config: Mapping[str, Any]) -> str:
+    """What a text model's tensor is called without wrappers, PEFT's layers and other layouts' prefixes."""
+    plain = name.replace(".base_layer.", ".")
+    wanted = {**(expected(config) or {}), "lm_head.weight": ()}
+    for prefix in PREFIXES:
+        stripped = plain.removeprefix(prefix)
+        for candidate in (stripped, f"model.{stripped}"):
+            if plain.startswith(prefix) and candidate in wanted:
+                return candidate
+    return plain
+
+
 @promise("tensors are those config.json asks for")
 def tensors_agree(folder: Folder) -> Finding:
     """Every tensor that config.json's class needs is there in its shape, and no other."""
@@ -181,8 +193,11 @@ def _differences(found: Mapping[str, Shape], wanted: Mapping[str, Shape], folder
     if cut:
         told = f"num_hidden_layers is {layers}, and {cut[0]} is stored"
         yield Fault("layers left out", told)
+    held = [int(match[3]) for name in found if (match := _LAYER.match(name))]
     for name in missing:
-        yield Fault(_lost(name), f"{name} is missing")
+        match = _LAYER.match(name)
+        beyond = match is not None and bool(held) and int(match[3]) > max(held)
+        yield Fault("more layers" if beyond else _lost(name), f"{name} is missing")
     for name in unknown:
         if name not in cut:
             code = "unknown bias" if name.endswith("_proj.bias") else "unknown tensor"

@@ -59,6 +59,19 @@ def rope_of_version_4(config: Mapping[str, Any]) -> Rope:
     return found
 
 
+def version_4_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of transformers 4 for settings that only rope_parameters state."""
+    stated = config.get("rope_parameters") or {}
+    full = stated.get("full_attention", stated)
+    keys: dict[str, Any] = {"rope_theta": full.get("rope_theta")}
+    if "sliding_attention" in stated:
+        keys["rope_local_base_freq"] = stated["sliding_attention"].get("rope_theta")
+    rest = {key: value for key, value in full.items() if key != "rope_theta"}
+    if rest.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = rest
+    return {key: value for key, value in keys.items() if value is not None}
+
+
 def _default(config: Mapping[str, Any]) -> float | None:
     return _THETA.get(str(config.get("model_type")))
 

@@ -23,7 +23,7 @@ from pronghorn.export.verify_folder import (
     read_header,
     verdict,
 )
-from pronghorn.export.verify_names import LAYERS, TIED_BY_DEFAULT
+from pronghorn.export.verify_names import LAYERS, TIED_BY_DEFAULT, original_name
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
@@ -166,7 +166,7 @@ def _paths(value: object, wanted: tuple[str, ...], prefix: str = "") -> Iterator
 def config_sane(folder: Folder) -> Finding:
     """config.json is there, names its class, and its sizes are finite and those of the weights."""
     if "config.json" not in folder.names:
-        return verdict([Fault("unreadable", "config.json is missing")], "")
+        return verdict([Fault("no config", "config.json is missing")], "")
     config, text = folder.config, folder.text_config
     problems = [
         Fault(f"no {key}", f"config.json has no {key}")
@@ -316,7 +316,9 @@ def dtype_agrees(folder: Folder) -> Finding:
 def same_as_base(folder: Folder) -> Finding:
     """Names, shapes and dtypes are the base's, but for added vocabulary rows and an untied lm_head."""
     assert folder.base is not None
-    ours, theirs = plain_tensors(folder), folder.base.tensors
+    # under their names without wrappers, which break another promise
+    ours = {original_name(name, folder.config): told for name, told in plain_tensors(folder).items()}
+    theirs = folder.base.tensors
     problems = [Fault("linear lost", f"{t} of the base is missing") for t in theirs if t not in ours]
     for t, (shape, dtype) in ours.items():
         before = theirs.get(t)
