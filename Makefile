@@ -6,6 +6,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM)
+.PHONY: help demo test test-external test-gpu verdicts check fmt clean $(VENV) $(VLLM) $(OLDER)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -32,6 +33,9 @@ test-external: $(VENV)/.ready $(VLLM)/.ready ## all other tests on the real vLLM
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu
+
+verdicts: $(VENV)/.ready $(VLLM)/.ready $(OLDER)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
+	$(RUN) -m tests.external.verdicts
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
 	$(VENV)/bin/ruff format --check .
@@ -49,6 +53,7 @@ clean: ## remove caches and build products; the environments and runs stay
 
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
+$(OLDER): $(OLDER)/.ready
 
 # torch is a step of its own: resolved together with the rest, pip may replace the installed build by a CUDA one.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -56,6 +61,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(RUN) $(PIP) --constraint constraints.txt $(TORCH)
 	$(RUN) $(PIP) --constraint constraints.txt hatchling editables
 	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# Not an environment: the oldest supported transformers 4 and what .venv has in other versions, for PYTHONPATH.
+$(OLDER)/.ready: $(VENV)/.ready constraints-transformers4.txt
+	rm -rf $(OLDER)
+	$(RUN) $(PIP) --no-deps --target $(OLDER) --requirement constraints-transformers4.txt
 	touch $@
 
 # vLLM pins its own torch and transformers. The three packages removed are CUDA builds that break its import.

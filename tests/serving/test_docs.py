@@ -18,7 +18,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tiny.write_adapter(tmp_path / "helper", base, use_rslora=True))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     typed = commands(TEXT)
-    assert {line.split()[1] for line in typed} == {"export", "serve", "doctor"}
+    assert {line.split()[1] for line in typed} == {"export", "serve", "doctor", "verify"}
     for command in typed:
         assert command.startswith("pronghorn ")
         done = subprocess.run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -13,7 +12,6 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from pronghorn.cli.main import app
@@ -21,8 +19,7 @@ from pronghorn.errors import ConfigError, MissingDependencyError, NotSupportedEr
 from pronghorn.serving import vllm
 from pronghorn.serving.chat import Chat
 from pronghorn.serving.plain import make_server
-from tests import tiny
-from tests.export.damage import config, put
+from tests import four_bit, tiny
 
 RUNNER = CliRunner()
 
@@ -64,14 +61,9 @@ def test_dry_run_prints_both_forms(made: tuple[Path, Path]) -> None:
 
 
 def test_a_bitsandbytes_folder_is_answered_with_the_plugin_and_the_better_format(
-    made: tuple[Path, Path], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    folder = shutil.copytree(made[0], tmp_path / "folder")
-    part = "model.layers.0.self_attn.q_proj.weight"
-    put(**{
-        f"{part}.absmax".replace(".", "__"): torch.ones(64, dtype=torch.uint8),
-    })(folder)  # fmt: skip
-    config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(folder)
+    folder = four_bit.write_base(tmp_path / "folder")
     with pytest.raises(NotSupportedError, match="does not load: vLLM reads no bitsandbytes") as caught:
         vllm.plan_serving(folder)
     assert "vllm-bnb-plugin" in caught.value.fix

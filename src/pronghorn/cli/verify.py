@@ -1,4 +1,4 @@
-"""``pronghorn verify``: does a folder keep the promises of loaders, which engines serve it, and a repaired copy."""
+"""``pronghorn verify``: the promises of a folder, the engines that serve it, and a repaired copy."""
 
 from __future__ import annotations
 

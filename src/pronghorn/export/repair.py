@@ -1,6 +1,6 @@
 """A repaired copy of a folder: its config, names and files put right where the files themselves say how.
 
-Nothing is made up: what is missing from the weights is refused by name. The copy is checked before it appears.
+Nothing is made up: what is missing from the weights is refused by name. The copy is checked first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ _OWN = frozenset({
 })  # fmt: skip
 _CONFIG = frozenset({
     "no architectures", "no model_type", "class of another type", "rope differs",
-    "no config", "config differs", "other activation", "head not to be tied", "head lost", "shape", "layers left out",
+    "no config", "config differs", "other activation", "head not to be tied", "head lost", "shape",
+    "layers left out",
     "more layers",
 })  # fmt: skip
 _TOKENIZER = frozenset(

@@ -1,7 +1,7 @@
 """The deep check in vLLM: its own interpreter opens the folder, and answers what transformers answers.
 
-The truth is the folder in float32 by plain transformers. What vLLM may differ by is not chosen: it is twice what
-plain PyTorch makes of the same folder in its stored dtype, on the very same tokens.
+The truth is the folder in float32 by plain transformers. What vLLM may differ by is not chosen: it is twice
+what plain PyTorch makes of the same folder in its stored dtype, on the very same tokens.
 """
 
 from __future__ import annotations
