@@ -32,7 +32,7 @@ test-external: $(VENV)/.ready $(VLLM)/.ready ## all other tests on the real vLLM
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
 
 verdicts: $(VENV)/.ready $(VLLM)/.ready $(OLDER)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
 	$(RUN) -m tests.external.verdicts

@@ -45,7 +45,7 @@ _LOAD_REFUSED: Mapping[str, _Refused] = MappingProxyType(
     {
         "fix_tokenizer": _Refused((None, False), "tokenizers are used as they are, never repaired"),
         "resize_model_vocab": _Refused((None,), "the vocabulary is not resized while loading",
-                                       "call model.resize_token_embeddings after loading"),
+                                       "call add_new_tokens after loading"),
         "use_exact_model_name": _Refused((None, True), "names are never exchanged for others here"),
         "offload_embedding": _Refused((None, False), "embeddings are not offloaded"),
         "float32_mixed_precision": _Refused((None,), "adapters always train in float32"),

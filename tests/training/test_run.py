@@ -22,6 +22,7 @@ from pronghorn.errors import (
     RunConflictError,
     SourceError,
 )
+from pronghorn.training.manifest import add_fallbacks
 from pronghorn.training.metrics import MetricsLog, read_metrics, row_from_logs
 from pronghorn.training.run import train
 from pronghorn.training.trainer import RunTrainer
@@ -235,3 +236,23 @@ def test_the_accelerated_run_is_the_plain_run(make_config: MakeConfig) -> None:
         kinds[kind]["found"] == kinds[kind]["replaced"] for kind in ("norm", "mlp", "qkv", "o", "loss")
     )
     assert "acceleration" not in json.loads((plain.folder / "manifest.json").read_text())
+
+
+def test_calls_that_ran_the_original_are_in_the_manifest(make_config: MakeConfig) -> None:
+    """A float32 base under bfloat16 autocast: its linears are replaced, and decline every call."""
+    options = {"lora": {"r": 4, "dropout": 0.0}, "training": {"precision": "bf16", "recompute": False}}
+    run = train(make_config(**options))
+    found = json.loads((run.folder / "manifest.json").read_text())["acceleration"]
+    passes = 8 * 2 - 2  # two batches a step, but one in the last of each of two epochs
+    why = "the weights are torch.float32, the computation is in torch.bfloat16"
+    assert found["kinds"]["mlp"] == {"found": 2, "replaced": 2, "left": {}}
+    assert found["fallbacks"]["mlp"] == {why: 2 * passes}
+
+
+def test_fallbacks_of_several_legs_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"acceleration": {"fallbacks": {}}, "seeds": {"run": 1}}))
+    add_fallbacks(path, {"mlp": {"one": 2}})
+    total = add_fallbacks(path, {"mlp": {"one": 3, "two": 1}, "qkv": {"one": 1}})
+    assert total == {"mlp": {"one": 5, "two": 1}, "qkv": {"one": 1}}
+    assert json.loads(path.read_text()) == {"acceleration": {"fallbacks": total}, "seeds": {"run": 1}}

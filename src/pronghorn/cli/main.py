@@ -53,6 +53,10 @@ def main() -> None:
     except PronghornError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # a disk or a permission, which no room can mend; anything else keeps its traceback
+        print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

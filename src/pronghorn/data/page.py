@@ -29,6 +29,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
   padding: .8rem; font: 14px/1.6 ui-monospace, monospace; margin: .4rem 0 1.4rem; }
 .t { color: var(--train); background: var(--train-bg); }
 .s { border: 1px solid currentColor; border-radius: 4px; padding: 0 .2em; margin: 0 1px; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 .n { opacity: .45; } .legend span { padding: 0 .3em; }
 """
 
@@ -95,7 +96,8 @@ def _rows(places: Mapping[str, Any]) -> str:
 
 def _check(check: Mapping[str, Any]) -> tuple[str, str]:
     outcome = "passed" if check["passed"] else "stops" if check["stops"] else "warns"
-    detail = "" if check["passed"] else f" {escape(check['meaning'])}: {escape(_rows(check['rows']))}"
+    rows = f": {_rows(check['rows'])}" if check["rows"]["count"] else ""
+    detail = "" if check["passed"] else f" {escape(check['meaning'] + rows)}"
     return escape(check["name"]), f'<span class="{outcome}">{outcome}</span>{detail}'
 
 
@@ -123,13 +125,23 @@ def _bars(histogram: Sequence[Sequence[int]], limit: int) -> str:
 
 
 def _example(example: Mapping[str, Any]) -> str:
+    title = f"row {example['row']}: {example['tokens']} tokens, {example['trained']} trained"
+    sides = [
+        f'<div class="{answer["side"]}"><h4>{answer["side"]}: {answer["tokens"]} tokens</h4>'
+        f"{_pieces(answer['pieces'])}</div>"
+        for answer in example["answers"]
+    ]
+    answers = f'<div class="sides">{"".join(sides)}</div>' if sides else ""
+    return f"<h3>{title}</h3>{_pieces(example['pieces'])}{answers}"
+
+
+def _pieces(pieces: Sequence[Mapping[str, Any]]) -> str:
     spans = []
-    for piece in example["pieces"]:
+    for piece in pieces:
         classes = " ".join(name for name, on in (("t", piece["trained"]), ("s", piece["special"])) if on)
         text = escape(piece["text"]).replace("\n", '<span class="n">↵</span>\n')
         spans.append(f'<span class="{classes}">{text}</span>' if classes else text)
-    title = f"row {example['row']}: {example['tokens']} tokens, {example['trained']} trained"
-    return f"<h3>{title}</h3><pre>{''.join(spans)}</pre>"
+    return f"<pre>{''.join(spans)}</pre>"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

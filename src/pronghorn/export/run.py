@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 
 from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
+from pronghorn.adapters.tokenizer_files import CONFIG, TOKENIZER_FILES, FolderEdits
 from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
 from pronghorn.export.formats import QUANTISED, unknown_format
@@ -26,13 +27,7 @@ from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
 from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
-from pronghorn.export.vocabulary import (
-    CONFIG,
-    TOKENIZER_FILES,
-    FolderEdits,
-    merged_files,
-    remove_quantization,
-)
+from pronghorn.export.vocabulary import merged_files, remove_quantization
 from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import (

@@ -20,11 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from pronghorn.errors import ConfigError
 from pronghorn.memory import recompute
+from pronghorn.memory.offload import Offload
 
 Mode = Literal["full", "unsloth", "auto"]
 MODES: tuple[Mode, ...] = ("full", "unsloth", "auto")
 # the method that every supported transformers calls, or forwards to, when it is set on the instance
 OVERRIDDEN = "gradient_checkpointing_enable"
+# what transformers sets on each module that it can recompute
+SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
 # of what is free when the run begins; the rest is for the loss, the optimizer and fragmentation
 BUDGET_SHARE = 0.5
 
@@ -56,9 +59,10 @@ class RecomputePlan:
 class LayerFunction:
     """Stands behind one layer's ``_gradient_checkpointing_func``."""
 
-    def __init__(self, plan: RecomputePlan, index: int) -> None:
+    def __init__(self, plan: RecomputePlan, index: int, offload: Offload) -> None:
         self.plan = plan
         self.index = index
+        self.offload = offload
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer: kept, or recomputed in backward."""
@@ -68,20 +72,8 @@ class LayerFunction:
             return function(*args, **kwargs)
         if self.plan.mode != "unsloth":
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+        with torch.autograd.graph.saved_tensors_hooks(self.offload.to_host, self.offload.from_host):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def _to_host(t: Tensor) -> tuple[torch.device, Tensor]:
-    """Copy in the order of the current stream, into pinned memory where there is an accelerator."""
-    accelerated = t.device.type != "cpu"
-    host = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=accelerated)
-    return t.device, host.copy_(t, non_blocking=accelerated)
-
-
-def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
-    device, host = packed
-    return host.to(device, non_blocking=True)
 
 
 class RecomputeSwitch:
@@ -92,6 +84,8 @@ class RecomputeSwitch:
     def __init__(self, model: Any, plan: RecomputePlan) -> None:
         self.model = model
         self.plan = plan
+        self.inputs_hooked = recompute.inputs_hooked(model)
+        self.before = [(module, _own(module)) for module in model.modules() if hasattr(module, SWITCH[0])]
 
     def __call__(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """What transformers and trainers call; ours is always non-reentrant, whatever they ask for."""
@@ -102,8 +96,9 @@ class RecomputeSwitch:
         finally:
             if overridden is not None:
                 object.__setattr__(self.model, OVERRIDDEN, overridden)
+        offload = Offload()
         for index, layer in enumerate(layers_of(self.model)):
-            layer._gradient_checkpointing_func = LayerFunction(self.plan, index)
+            layer._gradient_checkpointing_func = LayerFunction(self.plan, index, offload)
 
     def on(self) -> None:
         """Recompute from now on."""
@@ -111,11 +106,19 @@ class RecomputeSwitch:
         self()
 
     def off(self) -> None:
-        """Keep everything again."""
+        """Keep or recompute as before."""
         self.model.__dict__.pop(OVERRIDDEN, None)
         recompute.disable(self.model)
-        for layer in layers_of(self.model):
-            layer.__dict__.pop("_gradient_checkpointing_func", None)
+        if not self.inputs_hooked:
+            recompute.unhook_inputs(self.model)
+        for module, own in self.before:
+            for name in SWITCH:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(own)
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {name: module.__dict__[name] for name in SWITCH if name in module.__dict__}
 
 
 def layers_of(model: nn.Module) -> list[Any]:

@@ -42,6 +42,8 @@ class PatchReport:
     parts: list[Part] = field(default_factory=list)
     forwards: dict[str, list[InstanceForward]] = field(default_factory=dict)
     model_check: str = "not run"
+    packed: str = ""
+    """how 4-bit weights are decoded; empty for a model without any"""
     switches: list[Any] = field(default_factory=list)
     """things that are not instance forwards and know how to ``on()`` and ``off()`` themselves"""
 
@@ -79,6 +81,7 @@ class PatchReport:
         return {
             "kinds": kinds,
             "model_check": self.model_check,
+            **({"packed": self.packed} if self.packed else {}),
             "fallbacks": self.fallbacks(),
             "parts": [asdict(part) for part in self.parts],
         }
@@ -94,6 +97,7 @@ class PatchReport:
             if found:
                 why = "; ".join(f"{count}: {reason}" for reason, count in self.left(kind).items())
                 lines.append(f"{kind:<10} {found:>5} {replaced:>8}  {why}".rstrip())
+        lines += [f"4-bit: {self.packed}"] if self.packed else []
         return "\n".join([*lines, f"whole model: {self.model_check}"])
 
     def undo(self) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from pronghorn.errors import MissingDependencyError
+from pronghorn.ops.packed import NESTED_BLOCK, Packed, Scales
 
 # bitsandbytes tells here, at import, that an optional kernel of its own is not installed
 _NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
@@ -66,6 +68,63 @@ def guard_gradients(model: torch.nn.Module) -> int:
         module.support_avx512bf16_for_cpu = False
         count += 1
     return count
+
+
+def packed_of(module: Any) -> Packed | str:
+    """The weight of a 4-bit layer as what it is made of, or why it cannot be told."""
+    weight, state = module.weight, module.weight.quant_state
+    if state is None:
+        return "its weight is not packed yet"
+    if state.quant_type != "nf4":
+        return f"its weight is {state.quant_type}"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "its weight is repacked for inference on this processor"
+    if weight.dtype != torch.uint8:
+        return f"its weight is stored as {weight.dtype}"
+    if tuple(state.shape) != (module.out_features, module.in_features):
+        return f"its weight is held as {list(state.shape)}"
+    nested = state.state2 if state.nested else None
+    scales = Scales(
+        state.absmax,
+        None if nested is None else nested.absmax,
+        float(state.offset) if nested is not None else 0.0,
+        state.blocksize,
+        NESTED_BLOCK if nested is None else nested.blocksize,
+        None if nested is None else nested.code,
+    )
+    # shares memory and version counter with the parameter
+    codes = weight.detach().as_subclass(torch.Tensor)
+    return Packed(codes, scales, tuple(state.shape), state.dtype)
+
+
+def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Make every 4-bit layer decode to ``dtype`` and compute in it (float64 is beyond the library)."""
+    for _, module in linears_4bit(model):
+        module.compute_dtype, module.compute_type_is_set = dtype, True
+        module.weight.quant_state.dtype = dtype
+
+
+@contextmanager
+def as_plain(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block every 4-bit layer below ``model`` is an ``nn.Linear`` of what it decodes to."""
+    found = list(linears_4bit(model))
+    for name, module in found:
+        rows, width = module.weight.quant_state.shape
+        plain = torch.nn.Linear(width, rows, bias=False, device="meta")
+        decoded = decode_weight(module.weight).to(dtype)
+        plain.weight = torch.nn.Parameter(decoded, requires_grad=False)
+        plain.bias = module.bias
+        _put(model, name, plain.train(module.training))
+    try:
+        yield
+    finally:
+        for name, module in found:
+            _put(model, name, module)
+
+
+def _put(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module
 
 
 def decode_weight(weight: Any, out: torch.Tensor | None = None) -> torch.Tensor:

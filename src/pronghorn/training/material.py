@@ -15,6 +15,7 @@ from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import no_bars
 from pronghorn.patching.accelerate import RECOMPUTE_MODES, accelerate
+from pronghorn.patching.report import PatchReport
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
@@ -48,6 +49,7 @@ class Material:
     rows: Any
     eval_rows: Any
     manifest: dict[str, Any]
+    acceleration: PatchReport | None = None
 
     def save(self, folder: Path) -> None:
         """Write the adapter folder; it appears complete or not at all."""
@@ -81,14 +83,15 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
     manifest = _manifest(config, model, prepared.report)
+    acceleration = None
     if config.training.accelerate:
         acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
         narrator.say(str(acceleration))
         manifest["acceleration"] = acceleration.as_dict()
-    if prepared.bins is None:
-        return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
-    narrator.say(f"packing: {require_isolation(model)}")
-    return Material(model, tokenizer, prepared.bins, prepared.eval, manifest)
+    if prepared.bins is not None:
+        narrator.say(f"packing: {require_isolation(model)}")
+    train = prepared.train if prepared.bins is None else prepared.bins
+    return Material(model, tokenizer, train, prepared.eval, manifest, acceleration)
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:

@@ -26,7 +26,12 @@ from pronghorn.training.config import RunConfig, load_config, parse_config, with
 from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_failed
 from pronghorn.training.folder import RunFolder, write_json, write_whole
 from pronghorn.training.lock import RunLock
-from pronghorn.training.manifest import changed_versions, require_same_config, require_same_content
+from pronghorn.training.manifest import (
+    add_fallbacks,
+    changed_versions,
+    require_same_config,
+    require_same_content,
+)
 from pronghorn.training.material import Material, gather
 from pronghorn.training.metrics import MetricsLog, read_metrics
 from pronghorn.training.progress import Narrator
@@ -195,6 +200,10 @@ def _loop(
     finally:
         if loop is not None:
             loop.close()
+    if material.acceleration is not None and (counted := material.acceleration.fallbacks()):
+        for kind, reasons in add_fallbacks(folder.manifest, counted).items():
+            why = "; ".join(f"{calls}: {reason}" for reason, calls in reasons.items())
+            narrator.say(f"calls that ran the original {kind}: {why}")
     if loop.unfinished:
         raise Preempted(
             f"stopped by {stop.requested} after step {loop.step} of {loop.total}; its checkpoint is "
