@@ -146,10 +146,10 @@ def table(stored: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"| {case.name} | {case.family} | {told} |")
     lines += [
         "",
-        "`right`: greedy answers, their ends, log-probabilities and the rendered chat are those of the good",
-        "folder in transformers 5, float32. **wrong logits**, **wrong end**, **wrong chat**: loaded without an",
-        "error. `no chat`: right, and chats are refused. `refused`: an error. In vLLM new memory is filled with",
-        "NaN, so that a weight it never read is not taken from the folder before.",
+        "`right`: greedy answers, their ends, log-probabilities and the rendered chat are those of the",
+        "good folder in transformers 5, float32. **wrong logits**, **wrong end**, **wrong chat**: loaded",
+        "without an error. `no chat`: right, and chats are refused. `refused`: an error. In vLLM new memory",
+        "is filled with NaN, so that a weight it never read is not taken from the folder before.",
     ]
     return "\n".join(lines) + "\n"
 
