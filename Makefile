@@ -7,6 +7,7 @@ GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 LLAMA := .venv-llama
+OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM) $(LLAMA)
+.PHONY: help demo test test-external test-gpu verdicts check fmt clean $(VENV) $(VLLM) $(LLAMA) $(OLDER)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -34,6 +35,9 @@ test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests 
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
+
+verdicts: $(VENV)/.ready $(VLLM)/.ready $(OLDER)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
+	$(RUN) -m tests.external.verdicts
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
 	$(VENV)/bin/ruff format --check .
@@ -52,6 +56,7 @@ clean: ## remove caches and build products; the environments and runs stay
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
 $(LLAMA): $(LLAMA)/.ready
+$(OLDER): $(OLDER)/.ready
 
 # torch is a step of its own: resolved together with the rest, pip may replace the installed build by a CUDA one.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -59,6 +64,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(RUN) $(PIP) --constraint constraints.txt $(TORCH)
 	$(RUN) $(PIP) --constraint constraints.txt hatchling editables
 	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# Not an environment: the oldest supported transformers 4 and what .venv has in other versions, for PYTHONPATH.
+$(OLDER)/.ready: $(VENV)/.ready constraints-transformers4.txt
+	rm -rf $(OLDER)
+	$(RUN) $(PIP) --no-deps --target $(OLDER) --requirement constraints-transformers4.txt
 	touch $@
 
 # vLLM pins its own torch and transformers. The three packages removed are CUDA builds that break its import.
