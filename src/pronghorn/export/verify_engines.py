@@ -81,6 +81,7 @@ _CLEAN = "pronghorn verify DIR --fix OUT leaves it out"
 _BASE = "pronghorn verify DIR --base BASE --fix OUT takes it from the base"
 _INDEX = "pronghorn verify DIR --fix OUT writes the index anew"
 _BOTH = "pronghorn verify DIR --fix OUT writes the settings for both generations"
+_END = "pronghorn verify DIR --fix OUT names the turn's end in generation_config.json"
 _SAY = "say which with --base"
 
 _FINE = (RIGHT, RIGHT, RIGHT)
@@ -161,9 +162,9 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     "special ids differ": Consequence(_FINE, _BASE),  # what it does to ends is a reading of its own
     "no chat template": Consequence((NO_CHAT, NO_CHAT, NO_CHAT), _BASE),
     "broken template": Consequence((CHAT, CHAT, CHAT), _BASE),
-    "end unknown to transformers": Consequence((END, END, RIGHT), "name the turn's end in generation_config"),
-    "end unknown to all": Consequence((END, END, END), "name the turn's end in generation_config"),
-    "end unknown to vLLM": Consequence((RIGHT, RIGHT, END), "name the turn's end in generation_config"),
+    "end unknown to transformers": Consequence((END, END, RIGHT), _END),
+    "end unknown to all": Consequence((END, END, END), _END),
+    "end unknown to vLLM": Consequence((RIGHT, RIGHT, END), _END),
 }
 
 

@@ -28,7 +28,7 @@ from pronghorn.errors import (
 )
 from pronghorn.export.portable import served_pairs
 from pronghorn.export.verify import verify
-from pronghorn.export.verify_engines import MEANING
+from pronghorn.export.verify_engines import LOGITS, MEANING, REFUSED
 from pronghorn.export.verify_model import available_bytes
 from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, read_json, resolve, resolve_base
 from pronghorn.sources.source import SourceKind
@@ -126,7 +126,7 @@ def _check_model(path: Path) -> None:
     report = verify(path)
     report.raise_if_broken(allow_unverified=True)
     found = report.engine("vllm")
-    if found.ok is False:
+    if found.outcome in (REFUSED, LOGITS):
         raise NotSupportedError(
             f"{path} in vLLM: {MEANING[found.outcome]}: {'; '.join(found.reasons)}",
             fix="; ".join(found.fixes),
