@@ -21,6 +21,7 @@ from pronghorn.patching.signature import signature
 from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
 from pronghorn.patching.watch import current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
+from pronghorn.versions import warn_untested
 
 # what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
 ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
@@ -65,6 +66,7 @@ def accelerate(
     unknown = [kind for kind in kinds if kind not in REPLACEABLE]
     if unknown:
         raise ConfigError(f"kinds={unknown}: unknown", fix=f"choose from {', '.join(REPLACEABLE)}")
+    warn_untested()
     base = base_of(model)
     if (before := current_report(base)) is not None:
         before.undo()
