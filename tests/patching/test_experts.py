@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from pronghorn.memory.layers import saved_bytes
+from pronghorn.memory.counter import saved_bytes
 from pronghorn.ops import select
 from pronghorn.patching.accelerate import accelerate
 from pronghorn.patching.experts import PROOF_EXPERTS

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pronghorn import LoadOptions, load
-from pronghorn.memory.layers import layers_of, saved_bytes
+from pronghorn.memory.counter import saved_bytes
+from pronghorn.memory.layers import layers_of
 from pronghorn.ops import select
 from pronghorn.ops.packed import Packed
 from pronghorn.patching.accelerate import accelerate

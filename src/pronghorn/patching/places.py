@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pronghorn.memory.counter import storage_key
 from pronghorn.memory.layers import layers_of
 from pronghorn.ops import select
 from pronghorn.ops.buffer import DecodeBuffer, PackedWeight
@@ -28,10 +29,10 @@ class Place:
 
     def weight(self, module: Any) -> PackedWeight | Declined:
         """The layer's present weight; it is read again only when it is another."""
-        parameter, state, pointer = self.read
+        parameter, state, storage = self.read
         weight = module.weight
-        if weight is not parameter or weight.quant_state is not state or weight.data_ptr() != pointer:
-            self.read, self.packed = (weight, weight.quant_state, weight.data_ptr()), packed_of(module)
+        if weight is not parameter or weight.quant_state is not state or storage_key(weight) != storage:
+            self.read, self.packed = (weight, weight.quant_state, storage_key(weight)), packed_of(module)
         if isinstance(self.packed, str):
             return Declined(self.packed)
         return PackedWeight(self.packed, self.buffer, self.offset, module.compute_dtype)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pronghorn.errors import MissingDependencyError
-from pronghorn.ops.packed import NESTED_BLOCK, Packed, Scales
+from pronghorn.ops.graph import is_fake
+from pronghorn.ops.packed import BLOCK, NESTED_BLOCK, Packed, Scales
 
 # bitsandbytes tells here, at import, that an optional kernel of its own is not installed
 _NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
@@ -87,13 +88,14 @@ def packed_of(module: Any) -> Packed | str:
     scales = Scales(
         state.absmax,
         None if nested is None else nested.absmax,
-        float(state.offset) if nested is not None else 0.0,
+        0.0 if nested is None or is_fake(state.offset) else float(state.offset),
         state.blocksize,
         NESTED_BLOCK if nested is None else nested.blocksize,
         None if nested is None else nested.code,
     )
     # shares memory and version counter with the parameter
-    codes = weight.detach().as_subclass(torch.Tensor)
+    codes = weight.detach()
+    codes = codes if is_fake(codes) else codes.as_subclass(torch.Tensor)
     return Packed(codes, scales, tuple(state.shape), state.dtype)
 
 
@@ -141,3 +143,48 @@ def state_tensors(module: Any) -> Iterator[torch.Tensor]:
             yield from (tensor for tensor in (one.absmax, one.code) if isinstance(tensor, torch.Tensor))
     if isinstance(state.offset, torch.Tensor):
         yield state.offset
+
+
+def blank_linear_4bit(linear: torch.nn.Linear, dtype: torch.dtype) -> Any:
+    """The 4-bit layer that ``linear`` (on the meta device) becomes when its weight is quantised to NF4."""
+    layer = bitsandbytes().nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def blank_packed(blank: Any) -> torch.nn.Parameter:
+    """The packed weight of a ``blank_linear_4bit`` with its quantisation state, all of it empty."""
+    blocks = -(-blank.numel() // BLOCK)
+    state = bitsandbytes().functional.QuantState
+    nested = state(
+        absmax=torch.empty(-(-blocks // NESTED_BLOCK)),
+        blocksize=NESTED_BLOCK,
+        code=torch.empty(256),
+        dtype=torch.float32,
+    )
+    data = torch.empty(((blank.numel() + 1) // 2, 1), dtype=torch.uint8)
+    packed: Any = torch.nn.Parameter(data, requires_grad=False)
+    packed.quant_state = state(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=torch.Size(blank.shape),
+        code=torch.empty(16),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=blank.dtype,
+        offset=torch.empty(()),
+        state2=nested,
+    )
+    for name in ("compress_statistics", "quant_type", "quant_storage", "blocksize"):
+        setattr(packed, name, getattr(blank, name, None))
+    found: torch.nn.Parameter = packed
+    return found
