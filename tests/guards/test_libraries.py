@@ -17,7 +17,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "export.",
         "hardware",
         "loading.",
-        "memory.layers",
+        "memory.",
         "ops.",
         "patching.",
         "quant.",
@@ -28,11 +28,11 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
     "transformers": (
         "adapters.",
-        "attention.interface",
+        "attention.",
         "data.",
         "export.",
         "loading.",
-        "memory.layers",
+        "memory.",
         "serving.",
         "training.",
     ),
@@ -46,7 +46,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
     "trl": ("training.trainer",),
     "accelerate": ("export.verify_streamed", "training.trainer"),
-    "datasets": ("data.prepare", "data.rows", "data.store"),
+    "datasets": ("data.for_trl", "data.prepare", "data.rows", "data.store"),
     "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),
@@ -54,14 +54,18 @@ PLACES: dict[str, tuple[str, ...]] = {
     "rich": ("cli.tables", "data.inspect", "data.report", "training.progress"),
     "pydantic": ("data.options", "training.config", "training.config_errors"),
     "yaml": ("training.config", "training.run"),
-    "numpy": ("export.merged",),
+    "numpy": ("export.gguf_write", "export.merged"),
+    "gguf": ("export.gguf_run", "export.gguf_write"),
+    "llama_cpp": ("export.gguf_engine",),
     "tokenizers": ("data.isolated",),
-    "jinja2": ("export.verify_tokens",),
+    "jinja2": ("export.gguf_ollama", "export.verify_tokens"),
     "bitsandbytes": ("quant.library",),
     "triton": ("ops.triton.",),
+    "vllm": ("export.verify_in_vllm",),
 }
-COMES_ALONG = frozenset({"triton"})  # with torch's builds for GPUs, and only there
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name to install differs
+# with torch's builds for GPUs, and only there; vLLM in an environment of its own
+COMES_ALONG = frozenset({"triton", "vllm"})
+DISTRIBUTIONS = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python"}  # where the name to install differs
 
 
 def test_libraries_are_imported_where_the_table_says() -> None:

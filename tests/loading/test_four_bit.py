@@ -14,6 +14,7 @@ from pronghorn import FastLanguageModel, LoadOptions, LoraOptions, attach_lora, 
 from pronghorn.adapters.origin import origin_of
 from pronghorn.errors import ConfigError, NotSupportedError, SourceError
 from pronghorn.loading.report import LoadReport, dtype_bytes
+from pronghorn.ops.packed import decode
 from pronghorn.quant import nf4
 from pronghorn.quant.library import decode_weight, linears_4bit
 from tests import four_bit, tiny
@@ -56,7 +57,7 @@ def test_16_bit_files_become_what_they_decode_to(tmp_path: Path, family: str) ->
     with torch.no_grad():
         for name in names:
             weight = twin.get_submodule(name).weight
-            weight.copy_(nf4.decode(nf4.encode(weight)))
+            weight.copy_(decode(nf4.encode(weight)))
     for name in names:
         assert torch.equal(decode_weight(model.get_submodule(name).weight), twin.get_submodule(name).weight)
     assert torch.equal(logits(model), logits(twin))

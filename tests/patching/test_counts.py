@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from pronghorn.attention.interface import groups_are_fused
-from pronghorn.memory.layers import saved_bytes
+from pronghorn.memory.counter import saved_bytes
 from pronghorn.patching.accelerate import accelerate
 from tests import tiny
 from tests.patching.build import batch

@@ -7,12 +7,14 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Format = Literal["messages", "conversations", "prompt_completion", "instruction", "text"]
+Format = Literal[
+    "messages", "conversations", "prompt_completion", "instruction", "text", "preference", "prompt_only"
+]
 LossOn = Literal["assistant", "last_assistant", "all"]
 Rewritten = Literal["refuse", "last_turn", "split"]
 TooLong = Literal["truncate", "drop"]
 
-STOPPING_CHECKS = ("bos", "end_token", "masked", "serving")
+STOPPING_CHECKS = ("bos", "end_token", "masked", "serving", "equal_answers")
 FORMATS: tuple[str, ...] = get_args(Format)
 
 

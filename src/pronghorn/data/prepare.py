@@ -13,7 +13,7 @@ from typing import Any
 
 from pronghorn.data.checks import run_checks
 from pronghorn.data.isolated import IsolatedTemplate
-from pronghorn.data.layout import find_layout, find_template
+from pronghorn.data.layout import find_layout, find_template, require_supervised
 from pronghorn.data.options import DataOptions
 from pronghorn.data.packing import write_bins
 from pronghorn.data.report import DataReport
@@ -70,6 +70,7 @@ def examine_sources(
     check_tokenizer(tokenizer)
     budget = _budget(options, max_length)
     layout = find_layout([*train, *held], options)
+    require_supervised(layout)
     template = find_template(layout, [*train, *held], tokenizer, options)
     data_hash = content_hash([*train, *held])
     root = cache_root()
@@ -86,7 +87,7 @@ def examine_sources(
             work = Work(layout, encoder, template)
             trained = work.write(folder / "train.arrow", train)
             evaluated = work.write(folder / "eval.arrow", held) if held else PartTally()
-        chosen = _held_out(trained.hashes, options.eval_fraction, options.seed)
+        chosen = held_out(trained.hashes, options.eval_fraction, options.seed)
         tally = work.tally
         report = DataReport(
             format=layout,
@@ -105,7 +106,7 @@ def examine_sources(
             histogram=tally.histogram(),
             tokens=tally.tokens,
             trained_tokens=tally.trained_tokens,
-            checks=run_checks(tally, trained, evaluated, tokenizer, template),
+            checks=run_checks(tally, trained, evaluated, tokenizer, template, layout),
             data_hash=data_hash,
             template=template.origin if template else None,
             template_hash=template.hash if template else None,
@@ -134,7 +135,7 @@ def _budget(options: DataOptions, max_length: int) -> int | None:
     return budget
 
 
-def _held_out(hashes: array[int], fraction: float, seed: int) -> list[int]:
+def held_out(hashes: array[int], fraction: float, seed: int) -> list[int]:
     """Rows set aside: those of smallest seeded hash. Equal rows never part, and order does not matter."""
     if not fraction or len(hashes) < 2:
         return []

@@ -18,7 +18,7 @@ from pronghorn.data.options import DataOptions
 from pronghorn.data.rows import Source
 from pronghorn.data.templates import ChatTemplate
 
-LAYOUT = 3  # raise when the same inputs give other rows than before
+LAYOUT = 4  # raise when the same inputs give other rows than before
 _IDS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("input_ids", _IDS), ("labels", _IDS)])
 

@@ -15,7 +15,14 @@ from typing import Any
 
 from pronghorn.data.formats import Chat, Pair, RowError, Sample, Text
 from pronghorn.data.options import DataOptions
-from pronghorn.data.spans import LONGEST_SPECIAL, Located, RewrittenTurn, locate, trained_messages
+from pronghorn.data.spans import (
+    LONGEST_SPECIAL,
+    Located,
+    RewrittenTurn,
+    locate,
+    marked_spans,
+    trained_messages,
+)
 from pronghorn.data.templates import Renderer
 from pronghorn.errors import DataError
 
@@ -87,7 +94,7 @@ class Encoder:
         return re.compile(rf"(?:{names or '(?!)'})(\s*)\Z")
 
     @cached_property
-    def _special(self) -> re.Pattern[str]:
+    def special(self) -> re.Pattern[str]:
         """Any special token."""
         names = "|".join(re.escape(name) for name in sorted(self.special_texts, key=len, reverse=True))
         return re.compile(names or "(?!)")
@@ -167,7 +174,7 @@ class Encoder:
     def _chats(self, samples: Sequence[Any]) -> list[list[EncodedRow] | RowError]:
         if self.template is None:
             raise DataError("conversations need a chat template", fix="give one with data.template=FILE")
-        found = locate(self.template, samples, self.options.loss_on, self._special)
+        found = locate(self.template, samples, self.options.loss_on, self.special)
         located = [item for item in found if isinstance(item, Located)]
         encoded = iter(self._located(located))
         rows: list[list[EncodedRow] | RowError] = []
@@ -182,7 +189,7 @@ class Encoder:
     def _spells_special(self, chat: Chat, rows: list[EncodedRow] | RowError) -> list[EncodedRow] | RowError:
         if isinstance(rows, RowError):
             return rows
-        if not any(self._special.search(message.get("content", "")) for message in chat.messages):
+        if not any(self.special.search(message.get("content", "")) for message in chat.messages):
             return rows
         return [replace(row, flags=(*row.flags, "special_text")) for row in rows]
 
@@ -200,7 +207,7 @@ class Encoder:
     def _mask(self, item: Located, ids: list[int], encoding: Any) -> EncodedRow:
         runs, flags = [], list(item.flags)
         for start, end in item.spans:
-            end, closed = self._close_turn(item.text, start, end)
+            end, closed = self.close_turn(item.text, start, end)
             first, last = _token_range(encoding, start, end)
             runs.append((first, last))
             if not closed and "end_token" not in flags:
@@ -209,31 +216,36 @@ class Encoder:
             flags.append("no_bos")
         return self._cut(ids, runs, tuple(flags))
 
-    def _close_turn(self, text: str, start: int, end: int) -> tuple[int, bool]:
+    def close_turn(self, text: str, start: int, end: int) -> tuple[int, bool]:
         """Where the turn's last trained character is, and whether it belongs to a token that ends a turn.
 
         Some templates (GLM) end a turn with the token that opens the next one; it is part of the answer then.
         """
         if closing := self._closing.search(text, max(start, end - LONGEST_SPECIAL), end):
             return closing.start(1), True
-        if following := self._special.match(text, end):
+        if following := self.special.match(text, end):
             return following.end(), True
         return end, False
 
     def _rewritten(self, chat: Chat, turn: RewrittenTurn) -> list[EncodedRow] | RowError:
+        assert self.template is not None
+        chosen = trained_messages(chat, self.options.loss_on)
         if self.options.rewritten == "refuse":
+            marked = marked_spans(self.template, chat, chosen)
+            if isinstance(marked, RowError):
+                return marked
+            if marked is not None:
+                return self._located([marked])[0]
             return RowError(
                 f"messages[{turn.index}]",
                 "the chat template writes this message differently once others follow it, so what would be "
                 "trained is not what would be served; set data.rewritten=split (one row per answer, each as "
                 "served), data.rewritten=last_turn, or data.loss_on=last_assistant",
             )
-        chosen = trained_messages(chat, self.options.loss_on)
         parts = [
             _until(chat, index) for index in (chosen if self.options.rewritten == "split" else chosen[-1:])
         ]
-        assert self.template is not None
-        found = locate(self.template, parts, "last_assistant", self._special)
+        found = locate(self.template, parts, "last_assistant", self.special)
         for item in found:
             if isinstance(item, RowError):
                 return item

@@ -245,7 +245,9 @@ class _Merge:
             added = cache.get(change.bias.bias)[first:last] * change.bias.scaling
             weight = weight.float() + added.view(-1, 1)
         if change.tokens is not None:
-            weight = weight.to(torch.float32, copy=True)
+            given = weight
+            weight = torch.empty(last - first, *given.shape[1:])  # new rows may lie beyond the base's
+            weight[: given.shape[0]] = given
             values = cache.get(change.tokens.entry)
             for row, index in enumerate(change.tokens.indices):
                 if first <= index < last:

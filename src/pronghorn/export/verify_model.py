@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from pronghorn.export.verify_class import model_class
-from pronghorn.export.verify_folder import ADAPTER_WEIGHTS, FLOATS, Folder, read_header
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FLOATS, Folder, read_header
 from pronghorn.export.verify_tokens import token_table
 
 RANDOM_PROMPTS, RANDOM_TOKENS, CHAT_TOKENS, NEW_TOKENS = 3, 24, 64, 24
@@ -69,8 +70,10 @@ def load_with_adapter(base: Path, adapter: Path) -> Any:
 
 
 def vocabulary_rows(adapter: Path) -> int:
-    """Rows of the adapter's embedding or head, 0 where it has none."""
-    return max(_vocabulary_rows(adapter), default=0)
+    """Rows that the adapter's embedding or head need, 0 where it has none."""
+    listed = json.loads((adapter / ADAPTER_CONFIG).read_bytes()).get("trainable_token_indices")
+    tokens = [max(ids) + 1 for ids in listed.values()] if isinstance(listed, dict) else []
+    return max([*_vocabulary_rows(adapter), *tokens], default=0)
 
 
 def _vocabulary_rows(adapter: Path) -> Iterator[int]:

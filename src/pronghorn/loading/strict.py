@@ -51,18 +51,14 @@ def load_base(
     """
     plan = plan_load(source, quantization)
     before = memory()
-    common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = _config(source, common)
-    blank: Any = None
-    if not plan.stored:  # 4-bit tensors cannot be put together on the meta device
-        with _quiet():
-            blank, info = _build(
-                source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
-            )
-        _check(source, info, blank)
+    common = common_arguments(trust_remote_code)
+    config = read_config(source, common)
+    # 4-bit tensors cannot be put together on the meta device
+    blank = None if plan.stored else load_blank(source, config, dtype, common)
     if plan.encode:
+        assert blank is not None
         held = blank.dtype if isinstance(dtype, str) else dtype
-        with _load_errors(source):
+        with load_errors(source):
             model, info, choice = load_encoded(source, plan, config, blank, held, device_map)
         files, left = choice.files, choice.left
     else:
@@ -73,7 +69,32 @@ def load_base(
     return Loaded(model.eval(), report_load(model, left, before), files)
 
 
-def _config(source: Source, common: dict[str, Any]) -> Any:
+def common_arguments(trust_remote_code: bool) -> dict[str, Any]:
+    """What every call of transformers' loaders gets."""
+    return {"local_files_only": True, "trust_remote_code": trust_remote_code}
+
+
+def load_blank(source: Source, config: Any, dtype: torch.dtype | str, common: dict[str, Any]) -> Any:
+    """The model of a base folder on the meta device: only headers are read.
+
+    Raises:
+        SourceError: its tensors and those of the files differ.
+    """
+    with _quiet():
+        blank, info = _build(
+            source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
+        )
+    _check(source, info, blank)
+    return blank
+
+
+def read_config(source: Source, common: dict[str, Any]) -> Any:
+    """The transformers config of a base folder.
+
+    Raises:
+        SourceError: transformers does not understand it.
+        NotSupportedError: it is of a multimodal model.
+    """
     try:
         config = AutoConfig.from_pretrained(source.path, **common)
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
@@ -90,13 +111,14 @@ def _config(source: Source, common: dict[str, Any]) -> Any:
 
 
 def _build(source: Source, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    with _load_errors(source):
+    with load_errors(source):
         model, info = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **arguments)
     return model, info
 
 
 @contextmanager
-def _load_errors(source: Source) -> Iterator[None]:
+def load_errors(source: Source) -> Iterator[None]:
+    """What transformers raises for a folder it cannot load, as a SourceError."""
     try:
         yield
     except (torch.OutOfMemoryError, PronghornError):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pronghorn.errors import TrainingError
 from pronghorn.training.checkpoint import rotate, seal
 from pronghorn.training.config import RunConfig
-from pronghorn.training.folder import RunFolder
+from pronghorn.training.folder import RunFolder, extend_json
 from pronghorn.training.metrics import MetricsLog, row_from_logs
 from pronghorn.training.trainer import LoopState, Schedule, first_names
 
@@ -111,6 +111,26 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             row["tokens"] = self.context.loop.tokens
             row["seconds"] = round(time.monotonic() - self._began, 4)
         self.metrics.append(row)
+
+
+class MeterCallback(TrainerCallback):  # type: ignore[misc]
+    """After the first optimizer step: predicted beside measured into the manifest, and no more measuring."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called after each optimizer step."""
+        meter, self.context.loop.meter = self.context.loop.meter, None
+        if meter is not None:
+            extend_json(self.context.folder.manifest, "memory", meter.summary(optimizer))
 
 
 class SealCallback(TrainerCallback):  # type: ignore[misc]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.adapters.attach import attach_lora
+from pronghorn.adapters.new_tokens import add_new_tokens
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.data.prepare import prepare
@@ -15,6 +16,7 @@ from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import no_bars
 from pronghorn.patching.accelerate import RECOMPUTE_MODES, accelerate
+from pronghorn.patching.report import PatchReport
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training.config import RunConfig, with_lora_defaults
@@ -48,6 +50,7 @@ class Material:
     rows: Any
     eval_rows: Any
     manifest: dict[str, Any]
+    acceleration: PatchReport | None = None
 
     def save(self, folder: Path) -> None:
         """Write the adapter folder; it appears complete or not at all."""
@@ -74,6 +77,8 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     narrator.say(f"loading {source.name}")
     with no_bars():
         model, tokenizer = load(source, options, say=narrator.say)
+    if wanted.new_tokens is not None:
+        add_new_tokens(model, tokenizer, wanted.new_tokens, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
     prepared = prepare(config.data, tokenizer, tokenizer.model_max_length)  # load() set it to what was asked
@@ -81,14 +86,15 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
     manifest = _manifest(config, model, prepared.report)
+    acceleration = None
     if config.training.accelerate:
         acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
         narrator.say(str(acceleration))
         manifest["acceleration"] = acceleration.as_dict()
-    if prepared.bins is None:
-        return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
-    narrator.say(f"packing: {require_isolation(model)}")
-    return Material(model, tokenizer, prepared.bins, prepared.eval, manifest)
+    if prepared.bins is not None:
+        narrator.say(f"packing: {require_isolation(model)}")
+    train = prepared.train if prepared.bins is None else prepared.bins
+    return Material(model, tokenizer, train, prepared.eval, manifest, acceleration)
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import skip_first_batches
@@ -24,9 +24,12 @@ from trl import SFTConfig, SFTTrainer
 
 from pronghorn.errors import NonFiniteLossError
 from pronghorn.training.collate import TOKENS, RowCollator
-from pronghorn.training.config import RunConfig
+from pronghorn.training.config import RunConfig, TrainingSection
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from pronghorn.training.meter import Meter
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
 
@@ -38,6 +41,7 @@ class LoopState:
     stop: StopSignals = field(default_factory=StopSignals)
     phase: str = "training"  # or "evaluation", "saving": what an error that arrives now belongs to
     tokens: int = 0  # tokens seen since the start of the run, padding not counted
+    meter: Meter | None = None  # of the first optimizer step
     eval_due: bool = False  # an evaluation was put off because the run had to stop
     resumed_at: tuple[int, int] | None = None  # an epoch resumed within, and its batches that are done
     step_loss: float | torch.Tensor = 0.0  # sum over the passes of the step at hand
@@ -61,6 +65,11 @@ class Schedule:
         return cls(per_epoch, total, int(total * training.warmup_ratio))
 
 
+def runs_in_bf16(training: TrainingSection, dtype: torch.dtype) -> bool:
+    """Whether the forward pass runs under autocast to bfloat16, for a base held in ``dtype``."""
+    return training.precision == "bf16" or (training.precision == "auto" and dtype == torch.bfloat16)
+
+
 def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: Any) -> SFTConfig:
     """TRL's arguments for ``config``; evaluation, saving and stopping are driven by our callbacks instead.
 
@@ -73,7 +82,7 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
     training = config.training
     known = {item.name for item in dataclasses.fields(SFTConfig)}
     on_cpu = model.device.type == "cpu"
-    bf16 = training.precision == "bf16" or (training.precision == "auto" and model.dtype == torch.bfloat16)
+    bf16 = runs_in_bf16(training, model.dtype)
     # transformers 5.22 renamed gradient_checkpointing*; the old names warn there
     recompute = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -203,12 +212,21 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.loop.tokens += int(
             inputs.pop(TOKENS).sum() if TOKENS in inputs else inputs["attention_mask"].sum()
         )
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        meter = self.loop.meter
+        with contextlib.nullcontext() if meter is None else meter.micro_step(self.model, inputs):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise non_finite("loss", loss.item(), self.state.global_step + 1)
         self._require_finite_gradients()
         self.loop.step_loss += loss
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; what is alive after it is what backward needs."""
+        result = super().compute_loss(*args, **kwargs)
+        if self.loop.meter is not None:
+            self.loop.meter.forward_done()
+        return result
 
     def _require_finite_gradients(self) -> None:
         """Before clipping: it would spread a NaN over all tensors, and scale an overflowed norm to 0."""
@@ -284,3 +302,13 @@ def non_finite(what: str, value: float, step: int, where: str = "") -> NonFinite
 def first_names(names: list[str]) -> str:
     """The end of a sentence that names up to three tensors; empty for none."""
     return f", in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+
+
+def add_fused_head(base: Any) -> bool:
+    """Put TRL's fused head on a model as its trainer does; False where TRL has none (before 1.15)."""
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return False
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    return True
