@@ -45,7 +45,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "export.verify_streamed",
     ),
     "trl": ("training.trainer",),
-    "accelerate": ("export.verify_streamed",),
+    "accelerate": ("export.verify_streamed", "training.trainer"),
     "datasets": ("data.for_trl", "data.prepare", "data.rows", "data.store"),
     "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),

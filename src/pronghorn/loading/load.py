@@ -21,6 +21,7 @@ from pronghorn.memory import recompute
 from pronghorn.quant.library import linears_4bit
 from pronghorn.sources.resolve import resolve, resolve_base
 from pronghorn.sources.source import Source, SourceKind
+from pronghorn.versions import warn_untested
 from pronghorn.weights.folder import fingerprint, open_weights
 
 
@@ -40,6 +41,7 @@ def load(
         AdapterError: the adapter does not fit, or its base is another one than at training.
         ConfigError, NotSupportedError: an option cannot be honoured.
     """
+    warn_untested()
     options = options or LoadOptions()
     if not isinstance(source, Source):
         source = resolve(

@@ -20,6 +20,7 @@ from pronghorn.loading.eight_bit import load_int8
 from pronghorn.loading.four_bit import left_of_stored, load_encoded, plan_load, settle, stored_modules
 from pronghorn.loading.report import LoadReport, memory, report_load
 from pronghorn.sources.source import Source
+from pronghorn.weights.folder import open_weights
 
 _SHOWN = 8
 
@@ -68,7 +69,7 @@ def load_base(
     else:
         model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
         files, left = stored_modules(model, plan), left_of_stored(model, plan) if plan.stored else {}
-    _check(source, info)
+    _check(source, info, model)
     settle(source, model, frozenset(files if plan.quantised == "nf4" else ()))
     return Loaded(model.eval(), report_load(model, left, before), files, plan.quantised)
 
@@ -88,7 +89,7 @@ def load_blank(source: Source, config: Any, dtype: torch.dtype | str, common: di
         blank, info = _build(
             source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
         )
-    _check(source, info)
+    _check(source, info, blank)
     return blank
 
 
@@ -142,7 +143,7 @@ def load_errors(source: Source) -> Iterator[None]:
         ) from error
 
 
-def _check(source: Source, info: dict[str, Any]) -> None:
+def _check(source: Source, info: dict[str, Any], model: Any) -> None:
     """A tied head is not among the missing: transformers knows which tensors a tie provides."""
     problems = []
     for key, meaning in (
@@ -153,7 +154,8 @@ def _check(source: Source, info: dict[str, Any]) -> None:
         if names:
             problems.append(f"{len(names)} {meaning}: {_listed(names)}")
     wrong = sorted(
-        f"{name} (files {list(found)}, model {list(wanted)})" for name, found, wanted in _mismatches(info)
+        f"{name} (files {list(found)}, model {list(wanted)})"
+        for name, found, wanted in _mismatches(source, info, model)
     )
     if wrong:
         problems.append(f"{len(wrong)} of another shape: {_listed(wrong)}")
@@ -167,10 +169,15 @@ def _check(source: Source, info: dict[str, Any]) -> None:
         )
 
 
-def _mismatches(info: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _mismatches(source: Source, info: dict[str, Any], model: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both shapes; transformers 4 gives names only, which are those in the files."""
     for one in info.get("mismatched_keys") or ():
-        name, found, wanted = one
-        yield str(name), found, wanted
+        if isinstance(one, str):
+            _, entry = open_weights(source.path).tensors[one]
+            yield one, entry.shape, model.state_dict()[one].shape
+        else:
+            name, found, wanted = one
+            yield str(name), found, wanted
 
 
 def _listed(names: list[str]) -> str:

@@ -25,6 +25,7 @@ from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
 from pronghorn.patching.watch import current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
 from pronghorn.quant.library import is_linear_4bit
+from pronghorn.versions import warn_untested
 
 # what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
 ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
@@ -73,6 +74,7 @@ def accelerate(
         raise ConfigError(
             f"strict={unknown}: not among the kinds considered", fix=f"choose from {', '.join(kinds)}"
         )
+    warn_untested()
     base = base_of(model)
     if (before := current_report(base)) is not None:
         before.undo()

@@ -42,6 +42,8 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         """Set the flags the Trainer acts on."""
         config, step = self.context.config, state.global_step
+        if step % self.context.schedule.steps_per_epoch == 0:
+            state.epoch = step / self.context.schedule.steps_per_epoch  # empty batches were counted too
         control.should_evaluate = self.context.has_eval and self._due(step, config.eval.every_steps)
         control.should_save = self._due(step, config.checkpoints.every_steps)
         return self._obey_stop(control)
@@ -88,8 +90,9 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the step."""
+        """Start the clock of the step, and its loss."""
         self._began = time.monotonic()
+        self.context.loop.step_loss = 0.0
 
     def on_log(
         self,
@@ -104,6 +107,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         if row is None:
             return
         if "loss" in row:
+            row["loss"] = float(self.context.loop.step_loss)  # transformers 4.56 rounds its own to 4 decimals
             row["tokens"] = self.context.loop.tokens
             row["seconds"] = round(time.monotonic() - self._began, 4)
         self.metrics.append(row)

@@ -106,6 +106,10 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             f"resuming from {start.path}, {self.total - start.step} of {self.total} steps to go"
         )
         if start.step < self.total:
+            epoch, steps = divmod(start.step, self._context.schedule.steps_per_epoch)
+            if steps:
+                passes = self._context.config.training.gradient_accumulation
+                self._state.resumed_at = (epoch, steps * passes)
             self._trainer.train(resume_from_checkpoint=str(start.path))
         else:
             self._finish_from(start)

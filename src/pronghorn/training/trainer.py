@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import skip_first_batches
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -41,6 +43,8 @@ class LoopState:
     tokens: int = 0  # tokens seen since the start of the run, padding not counted
     meter: Meter | None = None  # of the first optimizer step
     eval_due: bool = False  # an evaluation was put off because the run had to stop
+    resumed_at: tuple[int, int] | None = None  # an epoch resumed within, and its batches that are done
+    step_loss: float | torch.Tensor = 0.0  # sum over the passes of the step at hand
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         callbacks: list[TrainerCallback],
     ) -> None:
         self.loop = loop
+        self._resumed: Iterator[Any] | None = None
+        self._rest: Iterator[Any] = iter(())
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with _kept_as_loaded(model):
             super().__init__(
@@ -163,6 +169,34 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: TRL writes one into the output folder at every checkpoint."""
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of a step; a step that got too few is filled up with empty ones.
+
+        Up to 4.57 transformers asks for a full step at the end of an epoch it resumes within, and takes the
+        optimizer step only when that many have come: a partial last step would be lost.
+        """
+        if self.loop.resumed_at is not None:
+            self._resumed = epoch_iterator
+            self._rest = self._rest_of_epoch(*self.loop.resumed_at, epoch_iterator)
+            self.loop.resumed_at = None
+        if epoch_iterator is self._resumed:
+            epoch_iterator = self._rest
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            batches += [{"input_ids": torch.empty(0)}] * (num_batches - len(batches))
+        return batches, items
+
+    def _rest_of_epoch(self, epoch: int, done: int, skipped: Iterator[Any]) -> Iterator[Any]:
+        """What the Trainer skipped to, if that is in the order of ``epoch``.
+
+        A loader of accelerate 1.10 that skips batches forgets the epoch: the rest would be that of the first.
+        """
+        loader = self.callback_handler.train_dataloader
+        loader.set_epoch(epoch)
+        if skip_first_batches(loader, done).iteration == epoch:
+            return skipped
+        return itertools.islice(loader, done, None)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
@@ -173,6 +207,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             step.
         """
         self.loop.phase = "training"
+        if not inputs["input_ids"].numel():
+            return torch.zeros((), device=self.args.device)
         self.loop.tokens += int(
             inputs.pop(TOKENS).sum() if TOKENS in inputs else inputs["attention_mask"].sum()
         )
@@ -182,6 +218,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         if not torch.isfinite(loss):
             raise non_finite("loss", loss.item(), self.state.global_step + 1)
         self._require_finite_gradients()
+        self.loop.step_loss += loss
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
