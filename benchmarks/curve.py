@@ -120,16 +120,18 @@ def main() -> None:
         ]
         text, within = table(plain, fast, rounded)
     versions = ", ".join(f"{name} {version}" for name, version in run_versions().items())
+    cut = f"Cut to {asked.steps} steps, the learning rate falling to 0 in them. " if asked.steps else ""
     whole = f"""# One loss curve, with and without acceleration
 
 The demo's run (`demo/run.py`), float32 on the CPU: same seed, rows and order, `training.accelerate` on and
 off. Moved: the largest relative difference to the plain run's loss in these steps. Moved by one rounding: the
-same for {ROUNDED} plain runs whose base weights were moved by one rounding of float32. Made by
-`python benchmarks/curve.py`.
+same for {ROUNDED} plain runs whose base weights were moved by one rounding of float32.
+{cut}Made by
+`{" ".join(["python", "benchmarks/curve.py", *(["--steps", str(asked.steps)] if asked.steps else [])])}`.
 
 {text}
 
-{versions}; {", ".join(hardware().values())}.
+{versions}; {", ".join(f"{name} {value}" for name, value in hardware().items())}.
 """
     print(whole)
     if not asked.no_results:

@@ -26,7 +26,7 @@ def experts_are_stacked() -> bool:
 
 @contextlib.contextmanager
 def only_newer_peft(refusal: type[Exception]) -> Iterator[None]:
-    """A block that makes an adapter PEFT 0.17 cannot: there it must fail so, and the test is skipped."""
+    """A block that makes an adapter which PEFT 0.17 cannot: there it must fail so, and the test ends."""
     if PEFT_KEEPS_TIED:
         yield
         return

@@ -167,7 +167,17 @@ def _by_trl(cell: Cell, model: Any) -> Measured:
 def versions() -> dict[str, str]:
     """Of everything that may have taken part."""
     found = {"python": sys.version.split()[0]}
-    for name in ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "unsloth", "pronghorn"):
+    for name in (
+        "torch",
+        "triton",
+        "transformers",
+        "peft",
+        "trl",
+        "liger-kernel",
+        "unsloth",
+        "bitsandbytes",
+        "pronghorn",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

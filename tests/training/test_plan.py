@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import pronghorn
 from pronghorn.cli.main import app
-from pronghorn.errors import ConfigError, OutOfMemoryError
+from pronghorn.errors import ConfigError, NotSupportedError, OutOfMemoryError
 from pronghorn.memory.budget import Card
 from pronghorn.training import plan as planning
 from pronghorn.training.config import RunConfig, parse_config
@@ -175,3 +175,8 @@ def test_the_commands_of_the_documentation_run(
         assert command.startswith("pronghorn plan run.yaml")
         done = CliRunner().invoke(app, command.split()[1:])
         assert done.exit_code == 0, done.output
+
+
+def test_rows_of_new_tokens_are_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(NotSupportedError, match="rows of new tokens train beside the adapter"):
+        pronghorn.plan(make_config(model={"new_tokens": ["<tool>"]}))

@@ -75,6 +75,8 @@ def test_new_tokens_train_and_are_saved(make_config: MakeConfig, tmp_path: Path)
     assert not torch.equal(rows_of[0][0], rows_of[0][1])  # both began as the same mean
     _, tokenizer = load(result.adapter, say=None)
     assert tokenizer.convert_tokens_to_ids(words) == [512, 513]
+    more = make_config("more", model={"name": str(result.adapter)}, data=data, training={"max_steps": 1})
+    train({**more, "lora": None})  # goes on with the rows that were saved
     with pytest.raises(AdapterError, match="already has an adapter, which would not train the new tokens"):
         train(
             {

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pronghorn.errors import SourceError
+from pronghorn.errors import NotSupportedError, SourceError
 from pronghorn.loading.four_bit import plan_load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import common_arguments, load_blank, load_errors, read_config
@@ -45,6 +45,10 @@ def blank_base(source: Source, options: LoadOptions) -> Blank:
         NotSupportedError: the model is no causal language model.
     """
     plan = plan_load(source, options.quantization)
+    if plan.encode == "int8":
+        raise NotSupportedError(
+            "what a run on a base in 8-bit takes is not predicted", fix="plan it in NF4 or in 16-bit"
+        )
     common = common_arguments(options.trust_remote_code)
     config = read_config(source, common)
     if plan.stored:

@@ -126,6 +126,7 @@ def _load_base(
         samples=sample_weights(model),
         seed=options.seed,
         rows=rows,
+        quantization=loaded.quantization,
         quantised=tuple(loaded.files.values()),
         quantised_dtype=_decoded_dtype(model) if loaded.files else None,
         report=loaded.report,
@@ -137,9 +138,10 @@ def _load_base(
 
 
 def _decoded_dtype(model: Any) -> str:
-    """What the 4-bit weights decode to (one dtype: transformers makes them so)."""
-    _, module = next(linears_4bit(model))
-    return str(module.weight.quant_state.dtype).removeprefix("torch.")
+    """What the quantised weights decode to (one dtype: transformers makes them so)."""
+    module = next((module for _, module in linears_4bit(model)), None)
+    dtype = model.dtype if module is None else module.weight.quant_state.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _placement(options: LoadOptions) -> Any:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from pronghorn.errors import NotSupportedError, PronghornError, SourceError
+from pronghorn.loading.eight_bit import load_int8
 from pronghorn.loading.four_bit import left_of_stored, load_encoded, plan_load, settle, stored_modules
 from pronghorn.loading.report import LoadReport, memory, report_load
 from pronghorn.sources.source import Source
@@ -26,11 +27,12 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base in memory; ``files`` are the file tensors of its 4-bit modules by module name."""
+    """A base in memory; ``files``: the file tensors of its quantised modules by module name."""
 
     model: Any
     report: LoadReport
     files: Mapping[str, str]
+    quantization: str | None
 
 
 def load_base(
@@ -55,18 +57,21 @@ def load_base(
     config = read_config(source, common)
     # 4-bit tensors cannot be put together on the meta device
     blank = None if plan.stored else load_blank(source, config, dtype, common)
-    if plan.encode:
+    if plan.encode is not None:
         assert blank is not None
         held = blank.dtype if isinstance(dtype, str) else dtype
         with load_errors(source):
-            model, info, choice = load_encoded(source, plan, config, blank, held, device_map)
+            if plan.encode == "int8":
+                model, info, choice = load_int8(source, plan.weights, blank, held, device_map)
+            else:
+                model, info, choice = load_encoded(source, plan, config, blank, held, device_map)
         files, left = choice.files, choice.left
     else:
         model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
         files, left = stored_modules(model, plan), left_of_stored(model, plan) if plan.stored else {}
     _check(source, info, model)
-    settle(source, model, frozenset(files))
-    return Loaded(model.eval(), report_load(model, left, before), files)
+    settle(source, model, frozenset(files if plan.quantised == "nf4" else ()))
+    return Loaded(model.eval(), report_load(model, left, before), files, plan.quantised)
 
 
 def common_arguments(trust_remote_code: bool) -> dict[str, Any]:

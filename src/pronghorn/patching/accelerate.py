@@ -286,6 +286,10 @@ class Prover:
                     reason = "has no adapter: a frozen linear saves nothing"
                     chosen.append((kind, ", ".join(group), reason, []))
                 continue
+            states = (lora_part(member, training=True) for member in members)
+            if (why := next((str(s) for s in states if isinstance(s, Declined)), None)) is not None:
+                chosen.append((kind, ", ".join(group), why, []))
+                continue
             width = (linear_shape(members[0]) or (0, 0))[0]
             self.trace.shapes.setdefault(group[0], (1, 1, width))
             forwards = linears.group_forwards(members)

@@ -15,10 +15,12 @@ import torch
 
 from pronghorn.errors import MissingDependencyError
 from pronghorn.ops.graph import is_fake
-from pronghorn.ops.packed import BLOCK, NESTED_BLOCK, Packed, Scales
+from pronghorn.ops.packed import BLOCK, NESTED_BLOCK, Packed, Scales, decode
 
 # bitsandbytes tells here, at import, that an optional kernel of its own is not installed
 _NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
+# the attribute of a 4-bit layer that lets an evaluation repack its weight on some CPUs
+REPACKS = "support_avx512bf16_for_cpu"
 
 
 def bitsandbytes() -> ModuleType:
@@ -44,11 +46,24 @@ def bitsandbytes() -> ModuleType:
 
 
 def is_linear_4bit(module: Any) -> bool:
-    """Whether a module is bitsandbytes' own 4-bit linear layer (not PEFT's wrapper of the same name)."""
-    return any(
-        one.__name__ == "Linear4bit" and one.__module__.startswith("bitsandbytes.")
-        for one in type(module).__mro__
-    )
+    """Whether a module is bitsandbytes' 4-bit linear layer, or a linear that holds its weight as that does.
+
+    PEFT's wrapper of the same name is not.
+    """
+    held = isinstance(module, torch.nn.Linear) and hasattr(module._parameters.get("weight"), "quant_state")
+    return held or _is(module, "Linear4bit")
+
+
+def _is(module: Any, name: str) -> bool:
+    mro = type(module).__mro__
+    return any(one.__name__ == name and one.__module__.startswith("bitsandbytes.") for one in mro)
+
+
+def linears_8bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every 8-bit linear layer of bitsandbytes in a model, by name."""
+    for name, module in model.named_modules():
+        if _is(module, "Linear8bitLt"):
+            yield name, module
 
 
 def linears_4bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -56,6 +71,14 @@ def linears_4bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if is_linear_4bit(module):
             yield name, module
+
+
+def values(model: torch.nn.Module) -> int:
+    """Numbers a model holds, a 4-bit weight counted as what it decodes to and a shared one once."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for _, module in linears_4bit(model):
+        count += module.in_features * module.out_features - module.weight.numel()
+    return count
 
 
 def guard_gradients(model: torch.nn.Module) -> int:
@@ -66,7 +89,8 @@ def guard_gradients(model: torch.nn.Module) -> int:
     """
     count = 0
     for _, module in linears_4bit(model):
-        module.support_avx512bf16_for_cpu = False
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
         count += 1
     return count
 
@@ -113,8 +137,9 @@ def as_plain(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     for name, module in found:
         rows, width = module.weight.quant_state.shape
         plain = torch.nn.Linear(width, rows, bias=False, device="meta")
-        decoded = decode_weight(module.weight).to(dtype)
-        plain.weight = torch.nn.Parameter(decoded, requires_grad=False)
+        packed = packed_of(module)
+        decoded = decode_weight(module.weight) if isinstance(packed, str) else decode(packed)
+        plain.weight = torch.nn.Parameter(decoded.to(dtype), requires_grad=False)
         plain.bias = module.bias
         _put(model, name, plain.train(module.training))
     try:

@@ -47,9 +47,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="In what the base is held: auto takes the dtype of its files."
     )
-    quantization: Literal["nf4", "none"] | None = Field(
+    quantization: Literal["nf4", "int8", "none"] | None = Field(
         None,
-        description="nf4: hold the base in 4-bit; none: in 16-bit, or fail; empty: as its folder says.",
+        description="nf4: hold the base in 4-bit; int8: in 8-bit; none: in 16-bit, or fail; empty: as its "
+        "folder says.",
     )
     new_tokens: tuple[str, ...] | None = Field(
         None, description="Tokens to add to tokenizer and model; their rows train with the adapter."

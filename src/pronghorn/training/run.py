@@ -184,7 +184,11 @@ def _planned(config: RunConfig, narrator: Narrator) -> Meter | None:
         from pronghorn.training.plan import Planner, detect, require_fit
     except ImportError as error:
         raise MissingDependencyError(f"training needs trl: {error}", fix="pip install trl") from error
-    planner = Planner(config, detect())
+    try:
+        planner = Planner(config, detect())
+    except NotSupportedError as error:  # what cannot be loaded either says so again when it is
+        narrator.say(f"memory is not predicted: {error.message}")
+        return None
     made = planner.brief()
     narrator.say(str(made))
     if config.training.over_budget == "refuse":

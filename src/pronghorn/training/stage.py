@@ -15,6 +15,7 @@ import torch
 
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.origin import base_of
+from pronghorn.errors import NotSupportedError
 from pronghorn.loading.adapter import attach_blank
 from pronghorn.loading.blank import as_fake, blank_base
 from pronghorn.loading.load import as_recorded, sequence_length
@@ -67,6 +68,11 @@ class Stage:
         wanted = config.model
         source = resolve(wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
         is_adapter = source.kind is SourceKind.ADAPTER
+        if wanted.new_tokens or source.config.get("trainable_token_indices"):
+            raise NotSupportedError(
+                "rows of new tokens train beside the adapter, and their memory cannot be planned yet",
+                fix="plan without them (model.new_tokens), and leave room for two copies of the embedding",
+            )
         self.config = with_lora_defaults(config, adapter=is_adapter)
         options = LoadOptions(
             max_seq_length=wanted.max_seq_length,

@@ -275,19 +275,19 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
 
 @contextlib.contextmanager
 def _kept_as_loaded(model: Any) -> Iterator[None]:
-    """Adapters and embeddings keep their dtypes: TRL casts those of a model it sees to be in 4-bit.
+    """Adapters and embeddings keep their dtypes: TRL casts those of a model it sees to be quantised.
 
     It rounds float32 adapters to bfloat16 (1.x), or makes embeddings and norms float32 (0.x).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not getattr(base, "is_loaded_in_4bit", False):
-        yield
-        return
-    base.is_loaded_in_4bit = False
+    flags = [name for name in ("is_loaded_in_4bit", "is_loaded_in_8bit") if getattr(base, name, False)]
+    for name in flags:
+        setattr(base, name, False)
     try:
         yield
     finally:
-        base.is_loaded_in_4bit = True
+        for name in flags:
+            setattr(base, name, True)
 
 
 def non_finite(what: str, value: float, step: int, where: str = "") -> NonFiniteLossError:
