@@ -84,8 +84,8 @@ def test_the_report_counts_storages(tmp_path: Path) -> None:
     assert report.left == {"the output head": 1, **kept}
     experts = 0 if stacked else 4 * 3
     assert len(report.quantised) == 2 * (4 + experts)
-    # q and o 64 x 64, k and v 32 x 64, experts 96 x 64, two layers: packed, 8-bit magnitudes
-    packed = 2 * (2 * 64 * 64 + 2 * 32 * 64 + experts * 96 * 64) // 2
+    # q and o 64 x 64, k and v 32 x 64, experts 128 x 64, two layers: packed, 8-bit magnitudes
+    packed = 2 * (2 * 64 * 64 + 2 * 32 * 64 + experts * 128 * 64) // 2
     assert report.dtype_bytes["uint8"] == packed + packed * 2 // 64
     assert report.total_bytes == sum(dtype_bytes(model).values())
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
