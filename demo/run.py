@@ -1,11 +1,13 @@
 """The demo: fine-tune a tiny model on real rows, on a CPU, with the commands a person would type.
 
 Rows, loss before, training (killed once and resumed), merge, verify, loss after, chat. It fails when the
-held-out loss gets less than a quarter better, or when any command fails.
+held-out loss gets less than a quarter better, or when any command fails. ``--quantization nf4`` trains on the
+base in 4-bit (QLoRA), and holds the result to the same.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -102,9 +104,8 @@ def measure_before(train: Rows, held_out: Rows) -> tuple[float, list[str]]:
     return before, [measure.answer(model, tokenizer, row) for row in held_out[:SHOWN]]
 
 
-def write_config() -> None:
-    """Write run.yaml and show it."""
-    heading("3. The run: LoRA on every linear layer, the base stays as it is")
+def run_config(quantization: str = "none") -> dict[str, Any]:
+    """The run.yaml of the demo."""
     config: dict[str, Any] = {
         "model": {"name": shown(DEMO / "base"), "max_seq_length": 128, "dtype": "float32"},
         "data": {"train": shown(TRAIN), "eval": shown(HELD_OUT)},
@@ -115,8 +116,18 @@ def write_config() -> None:
         "logging": {"every_steps": 20},
         "output": {"folder": shown(RUN)},
     }
+    if quantization != "none":
+        config["model"]["quantization"] = quantization
     config["training"]["recompute"] = False  # the activations of so small a model fit anywhere
-    CONFIG.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def write_config(quantization: str) -> None:
+    """Write run.yaml and show it."""
+    heading("3. The run: LoRA on every linear layer, the base stays as it is")
+    if quantization == "nf4":
+        say("the base is held in 4-bit; what is trained, and what is merged onto, are its decoded values")
+    CONFIG.write_text(yaml.safe_dump(run_config(quantization), sort_keys=False), encoding="utf-8")
     say(f"{shown(CONFIG)}:")
     console.print(escape(CONFIG.read_text(encoding="utf-8").rstrip()), style="dim")
 
@@ -215,6 +226,13 @@ def print_own_commands() -> None:
 
 def main() -> None:
     """Tell the whole story, in a fresh work folder."""
+    parser = argparse.ArgumentParser(
+        description="The demo: train, resume, merge, verify and ask a tiny model."
+    )
+    parser.add_argument(
+        "--quantization", choices=("none", "nf4"), default="none", help="how the base is held"
+    )
+    options = parser.parse_args()
     started = time.monotonic()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Else a pipe would get our lines after those of the commands.
@@ -224,7 +242,7 @@ def main() -> None:
     WORK.mkdir()
     train, held_out = make_rows()
     before, earlier = measure_before(train, held_out)
-    write_config()
+    write_config(options.quantization)
     train_and_kill()
     resume()
     export_and_verify()

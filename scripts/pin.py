@@ -24,7 +24,7 @@ def pins() -> list[str]:
     lines = []
     for package in distributions():
         name = canonicalize_name(package.metadata["Name"])
-        if name in NOT_PINNED:
+        if name in NOT_PINNED or name.startswith("nvidia-"):  # torch pins these
             continue
         needs = SpecifierSet(package.metadata.get("Requires-Python", ""))
         marker = "" if OLDEST_PYTHON in needs else newer

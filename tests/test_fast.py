@@ -189,7 +189,11 @@ def test_a_base_changed_in_memory_is_not_silently_dropped(base: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
-        ({"load_in_8bit": True}, NotSupportedError, "load_in_8bit=True: loading in 8-bit"),
+        (
+            {"load_in_8bit": True, "load_in_4bit": True},
+            ConfigError,
+            "load_in_4bit=True contradicts load_in_8bit=True",
+        ),
         ({"load_in_4bit": True, "load_in_16bit": True}, ConfigError, "load_in_4bit=True contradicts"),
         ({"load_in_fp8": True}, NotSupportedError, "FP8"),
         ({"full_finetuning": True}, NotSupportedError, "only adapters are trained"),

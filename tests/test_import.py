@@ -24,6 +24,7 @@ PUBLIC_NAMES = [
     "get_chat_template",
     "inspect_data",
     "load",
+    "plan",
     "rows_for_trl",
     "standardize_data_formats",
     "standardize_sharegpt",

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import ops
-from benchmarks.gpu.cells import OURS, REFERENCES, Cell, default_cells, select
+from benchmarks.gpu.cells import NF4_REFERENCES, OURS, REFERENCES, Cell, default_cells, select
 from benchmarks.gpu.judge import judge
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.shapes import SHAPES
@@ -39,7 +39,7 @@ TOTAL_S, QUICK_S, SHORTEST_S = 530.0, 115.0, 15.0
 
 def run_cell(cell: Cell, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """Measure a cell in a process of its own, which is ended after ``seconds``."""
-    peer = cell.contender not in (*OURS, *REFERENCES)
+    peer = cell.contender not in (*OURS, *REFERENCES, *NF4_REFERENCES)
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     if peer and arguments.peer_path:
         paths.insert(0, str(arguments.peer_path.resolve()))

@@ -15,10 +15,17 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
     "trl": ("trl", "datasets"),
     "liger": ("liger_kernel",),
     "unsloth": ("unsloth",),
+    "pronghorn-nf4": (),
+    "pronghorn-nf4-recompute": (),
+    "peft-decoded-recompute": (),
+    "peft-nf4-recompute": ("bitsandbytes",),
+    "unsloth-nf4": ("unsloth", "bitsandbytes"),
 }
-OURS = ("pronghorn", "pronghorn-recompute")
+OURS = ("pronghorn", "pronghorn-recompute", "pronghorn-nf4", "pronghorn-nf4-recompute")
 # they compute what everybody must agree with; the first that fits the device is the reference
 REFERENCES = ("peft", "peft-recompute")
+# of bases in NF4: plain transformers + PEFT on 16-bit weights that have the decoded values
+NF4_REFERENCES = ("peft-decoded-recompute",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,11 @@ class Cell:
     dtype: str
     steps: int = 10
     warmup: int = 3
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The contenders that compute what this one must agree with."""
+        return NF4_REFERENCES if "nf4" in self.contender or "decoded" in self.contender else REFERENCES
 
     @property
     def name(self) -> str:
@@ -55,6 +67,11 @@ def default_cells(shape: str, device: str, dtype: str, *, quick: bool) -> list[C
             ("unsloth", rows),
             ("trl", rows),
             ("pronghorn-recompute", rows),
+            ("peft-decoded-recompute", rows),
+            ("pronghorn-nf4", rows),
+            ("pronghorn-nf4-recompute", rows),
+            ("unsloth-nf4", rows),
+            ("peft-nf4-recompute", rows),
         ]
     if not quick and not small:
         plan += [("peft-recompute", long), ("pronghorn", long), ("liger", long), ("unsloth", long)]

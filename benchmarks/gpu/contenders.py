@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import nf4
 from benchmarks.gpu.shapes import BATCHES, SHAPES, Batch, Shape
 
 RANK = 16
@@ -95,6 +96,12 @@ def _pronghorn(model: Any) -> Any:
     return model
 
 
+def _by_bitsandbytes(model: Any) -> Any:
+    model = nf4.convert(model, nf4.by_bitsandbytes)
+    model.is_loaded_in_4bit = True  # what PEFT chooses its layers by
+    return model
+
+
 def _liger(model: Any) -> Any:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -109,18 +116,22 @@ BUILD: dict[str, Callable[[Any], Any]] = {
     "peft-recompute": lambda model: _recompute(_peft(model)),
     "trl": lambda model: _recompute(_peft(model)),
     "liger": lambda model: _recompute(_liger(model)),
+    "pronghorn-nf4": lambda model: _pronghorn(nf4.convert(model, nf4.PackedLinear)),
+    "pronghorn-nf4-recompute": lambda model: _recompute(_pronghorn(nf4.convert(model, nf4.PackedLinear))),
+    "peft-decoded-recompute": lambda model: _recompute(_peft(nf4.convert(model, nf4.round_to_nf4))),
+    "peft-nf4-recompute": lambda model: _recompute(_peft(_by_bitsandbytes(model))),
 }
 
 
 def build(contender: str, shape_name: str, batch_name: str, device: str, dtype: torch.dtype) -> Any:
     """The contender's model in train mode."""
     shape, cut = SHAPES[shape_name], BATCHES[batch_name]
-    if contender == "unsloth":
-        return _unsloth(shape, cut, device, dtype)
+    if contender.startswith("unsloth"):
+        return _unsloth(shape, cut, device, dtype, four_bit=contender.endswith("nf4"))
     return BUILD[contender](base(shape, device, dtype, cut.length)).train()
 
 
-def _unsloth(shape: Shape, cut: Batch, device: str, dtype: torch.dtype) -> Any:
+def _unsloth(shape: Shape, cut: Batch, device: str, dtype: torch.dtype, *, four_bit: bool) -> Any:
     """Unsloth loads folders only, and must be imported before transformers."""
     from unsloth import FastLanguageModel  # isort: skip
 
@@ -128,7 +139,7 @@ def _unsloth(shape: Shape, cut: Batch, device: str, dtype: torch.dtype) -> Any:
         base(shape, device, dtype, cut.length).save_pretrained(folder)
         tokenizer(shape).save_pretrained(folder)
         model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=cut.length, dtype=dtype, load_in_4bit=False
+            folder, max_seq_length=cut.length, dtype=dtype, load_in_4bit=four_bit
         )
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(

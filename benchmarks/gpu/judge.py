@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu.cells import REFERENCES, Cell
+from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.shapes import group
 
 # Two bf16 runs of one model differ by the order of their roundings; a loss is a mean over many tokens.
@@ -25,7 +25,7 @@ def judge(cells: list[Cell], rows: list[Row]) -> None:
 
 def _reference(cell: Cell, cells: list[Cell], rows: list[Row]) -> Row | None:
     """The plain run on the same documents, whichever way they were cut into rows."""
-    for contender in REFERENCES:
+    for contender in cell.references:
         for other, row in zip(cells, rows, strict=True):
             same = (other.shape, group(other.batch)) == (cell.shape, group(cell.batch))
             if other.contender == contender and same and "losses" in row:

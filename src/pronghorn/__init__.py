@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pronghorn.loading.options import LoadOptions as LoadOptions
     from pronghorn.patching.accelerate import accelerate as accelerate
     from pronghorn.training.config import RunConfig as RunConfig
+    from pronghorn.training.plan import plan as plan
     from pronghorn.training.run import train as train
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _HOMES = {
     "get_chat_template": "pronghorn.data.notebook",
     "inspect_data": "pronghorn.data.inspect",
     "load": "pronghorn.loading.load",
+    "plan": "pronghorn.training.plan",
     "rows_for_trl": "pronghorn.data.for_trl",
     "standardize_data_formats": "pronghorn.data.notebook",
     "standardize_sharegpt": "pronghorn.data.notebook",
@@ -68,6 +70,7 @@ __all__ = [
     "get_chat_template",
     "inspect_data",
     "load",
+    "plan",
     "rows_for_trl",
     "standardize_data_formats",
     "standardize_sharegpt",

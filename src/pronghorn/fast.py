@@ -21,6 +21,7 @@ from pronghorn.adapters.save import save_adapter
 from pronghorn.adapters.targets import resolve_targets
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
 from pronghorn.export.formats import FORMATS, unknown_format
+from pronghorn.export.onto import MergeFormat, Onto
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.memory import recompute
@@ -81,6 +82,7 @@ _SAVE_REFUSED: Mapping[str, _Refused] = MappingProxyType(
         "variant": _Refused((None,), "the base's own file names are kept"),
     }
 )
+_NO_ROWS = "drift from the trained model was not measured: give rows=FILE, rows as for training"
 _GGUF_REFUSED: Mapping[str, _Refused] = MappingProxyType(
     {
         **{name: rule for name, rule in _SAVE_REFUSED.items() if name not in ("state_dict", "variant")},
@@ -144,7 +146,8 @@ class FastLanguageModel:
             dtype: None for the config's own, else bfloat16, float16 or float32.
             load_in_4bit: hold the base in NF4 (a folder already in NF4 is loaded as it is anyway).
             load_in_16bit: insist on a base that is not quantised.
-            load_in_8bit, full_finetuning, rope_scaling: not available.
+            load_in_8bit: hold the base in 8-bit (LLM.int8); its layers then run as bitsandbytes runs them.
+            full_finetuning, rope_scaling: not available.
             token: access token of the hub.
             device_map: None for the accelerator (or CPU), else as in transformers.
             trust_remote_code: run Python code that comes with the model.
@@ -313,15 +316,12 @@ def _refuse(call: str, given: Mapping[str, Any], known: Mapping[str, _Refused], 
 
 def _precision(four: bool, eight: bool, sixteen: bool | None, dtype: Any) -> str | None:
     """The ``quantization`` of LoadOptions that the keywords ask for."""
-    if eight:
-        raise NotSupportedError(
-            "load_in_8bit=True: loading in 8-bit is not available", fix="use load_in_4bit=True, or 16-bit"
-        )
-    if four and sixteen:
-        raise ConfigError("load_in_4bit=True contradicts load_in_16bit=True", fix="keep one of them")
+    asked = [f"load_in_{bits}bit=True" for bits, on in ((4, four), (8, eight), (16, sixteen)) if on]
+    if len(asked) > 1:
+        raise ConfigError(f"{asked[0]} contradicts {asked[1]}", fix="keep one of them")
     if sixteen and str(dtype).removeprefix("torch.") in ("float32", "fp32"):
         raise ConfigError(f"load_in_16bit=True contradicts dtype={dtype}", fix="keep one of them")
-    return "nf4" if four else "none" if sixteen else None
+    return "nf4" if four else "int8" if eight else "none" if sixteen else None
 
 
 def _checked_recompute(asked: Any) -> Any:
@@ -394,13 +394,16 @@ def _save_pretrained_merged(
     save_method: str = "merged_16bit",
     *,
     overwrite: bool = False,
+    onto: Onto = "decoded",
+    rows: str | Path | None = None,
     **other: Any,
 ) -> Any:
     """Write the base files with the adapter merged in ("merged_16bit"; quantised: "w4a16", "w8a8", "fp8"), or
     the adapter: as it is ("lora"), or so that vLLM, llama.cpp and PEFT read it alike ("adapter").
 
     The merge goes from files to files and is verified in a fresh process; what was done, and what was lost in
-    rounding, is printed and returned. ``overwrite`` replaces a folder.
+    rounding, is printed and returned. ``overwrite`` replaces a folder. Of a base in 4-bit: ``onto`` says onto
+    which values, and ``rows``, a file as for training, on what the drift from the trained model is measured.
 
     Raises:
         ConfigError, NotSupportedError: an unknown save_method or keyword.
@@ -413,10 +416,17 @@ def _save_pretrained_merged(
         raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
     if save_method == "lora" and hasattr(self, "peft_config"):
         return save_adapter(self, save_directory, tokenizer=tokenizer)
-    return _export(self, save_directory, tokenizer, save_method, overwrite)
+    return _export(self, save_directory, tokenizer, MergeFormat(save_method, onto), overwrite, rows)
 
 
-def _export(self: Any, target: str | Path, tokenizer: Any, format_: Any, overwrite: bool) -> Any:
+def _export(
+    self: Any,
+    target: str | Path,
+    tokenizer: Any,
+    format_: str | MergeFormat,
+    overwrite: bool,
+    rows: str | Path | None = None,
+) -> Any:
     """Save the model's adapter for a moment and export it; prints and returns the report."""
     if not hasattr(self, "peft_config"):
         raise AdapterError(
@@ -436,11 +446,15 @@ def _export(self: Any, target: str | Path, tokenizer: Any, format_: Any, overwri
             fix="undo the change (unmerge_adapter() after merge_adapter()), or save the adapter alone",
         )
     from pronghorn.export.run import export
+    from pronghorn.serving.compare import drift_line
 
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
         report = export(adapter, target, format=format_, overwrite=overwrite)
-    print(report)
+        print(report)
+        if report.onto is not None:
+            onto = format_.onto if isinstance(format_, MergeFormat) else "decoded"
+            print(_NO_ROWS if rows is None else drift_line(report, onto, rows))
     return report
 
 

@@ -124,9 +124,8 @@ def test_merged_folder_is_what_was_trained(base: Path, tmp_path: Path) -> None:
     model, tokenizer = trained(base)
     want = logits(model, tokenizer)
     model.save_pretrained(tmp_path / "adapter")
-    done = export(
-        tmp_path / "adapter", tmp_path / "merged"
-    )  # verified against the adapter in a fresh process
+    tied = bool(model.config.tie_word_embeddings)  # one of the two is also compared in a fresh process
+    done = export(tmp_path / "adapter", tmp_path / "merged", verify=tied)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=DTYPE)
     tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.config.vocab_size == 515
@@ -232,6 +231,26 @@ def test_accelerated_rows_train_alike(base: Path) -> None:
     for plain, fast in zip(*gradients, strict=True):
         assert plain.abs().max() > 0
         assert (plain - fast).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_rows_train_alike_through_trl_s_fused_head(base: Path) -> None:
+    """TRL's trainers read weight and bias of the head themselves, and PEFT's wrapper has no bias."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    gradients = []
+    for fused in (False, True):
+        model, tokenizer = load(base, say=None)
+        add_new_tokens(model, tokenizer, NEW, say=None)
+        model = attach_lora(model, LoraOptions(r=4), say=None)
+        ids = tokenizer("call <tool>add</tool> at the zebra crossing", return_tensors="pt")["input_ids"]
+        if fused:
+            add_fused_lm_head(model.get_base_model())
+        options = {"fused_lm_head": True} if fused else {}
+        model.train()(input_ids=ids, labels=ids, **options).loss.backward()
+        gradients.append([p.grad for n, p in model.named_parameters() if "tokens_delta" in n])
+    for plain, fast in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0
+        assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max()
 
 
 @pytest.mark.parametrize(

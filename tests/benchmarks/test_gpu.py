@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,33 @@ def test_one_cell_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.Capture
     assert made["why"] == "no plain run of these documents to compare with"
     assert len(made["losses"]) == 3 and all(norm > 0 for norm in made["grad_norms"])
     assert "pronghorn/tiny/tiny:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_dry_run_in_4_bit(tmp_path: Path) -> None:
+    given = ["--device", "cpu", "--shape", "tiny", "--no-ops", "--out", str(tmp_path)]
+    main([*given, "--only", "pronghorn-nf4*/tiny/tiny", "peft-decoded*"])
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    found = {
+        c["contender"]: (r["status"], r["why"]) for c, r in zip(result["cells"], result["rows"], strict=True)
+    }
+    names = ("peft-decoded-recompute", "pronghorn-nf4", "pronghorn-nf4-recompute")
+    assert found == dict.fromkeys(names, ("ok", ""))
+
+
+def test_pronghorns_4_bit_rows_need_no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = contenders.build("pronghorn-nf4", "tiny", "tiny", "cpu", torch.float32)
+    (hook,) = model.base_model.model.model._forward_pre_hooks.values()
+    for kind in ("qkv", "o", "mlp"):
+        assert hook.report.count(kind) == (2, 2)
+    losses = []
+    for name in ("pronghorn-nf4", "peft-decoded-recompute", "peft"):
+        one = contenders.build(name, "tiny", "tiny", "cpu", torch.float32)
+        made = contenders.batch(SHAPES["tiny"], BATCHES["tiny"], "cpu", metadata=False)
+        losses.append(float(one(**made).loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-5)
 
 
 def test_a_peer_that_is_not_there_is_a_row_that_says_so(tmp_path: Path) -> None:

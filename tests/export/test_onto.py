@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pronghorn import LoadOptions, LoraOptions, attach_lora, export, load, verify
-from pronghorn.errors import ConfigError, ExportError
+from pronghorn.errors import ConfigError, ExportError, VerificationError
+from pronghorn.export import files, run
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.verify_quant import through_nf4
 from pronghorn.ops.packed import decode
 from pronghorn.quant import nf4
 from pronghorn.quant.library import decode_weight, linears_4bit
+from pronghorn.serving.compare import drift_candidates
 from tests import four_bit
 
 IDS = torch.arange(5, 37).view(1, -1)
@@ -75,6 +78,35 @@ def test_merged_onto_the_original_values(tmp_path: Path) -> None:
     assert divergence(tmp_path / "original", adapter) > 20 * divergence(tmp_path / "decoded", adapter)
 
 
+def test_a_stored_4_bit_base_is_merged_onto_the_model_it_was_made_from(tmp_path: Path) -> None:
+    base = four_bit.write_base(tmp_path / "base")
+    full = tmp_path / "base-full"
+    adapter = trained(tmp_path / "adapter", base, targets=("q_proj", "v_proj"))
+    report = export(adapter, tmp_path / "merged", base=full, format=MergeFormat(onto="original"))
+    assert report.verified is True
+    assert (report.base, report.trained_on) == (full, base)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert torch.equal(tensors(tmp_path / "merged")[name], tensors(full)[name])
+    told, merged, *other = drift_candidates(adapter, base, tmp_path / "merged", "original")
+    assert (told.options.base, merged.path, other) == (base, tmp_path / "merged", [])
+    other_model = four_bit.write_full(tmp_path / "other", seed=5)
+    with pytest.raises(ExportError, match=r"is not the 16-bit model that .*weight is 1\.\d+ off") as caught:
+        export(adapter, tmp_path / "no", base=other_model, format=MergeFormat(onto="original"))
+    assert str(other_model) in str(caught.value)
+
+
+def test_a_bfloat16_base_that_was_held_in_float32_and_4_bit(tmp_path: Path) -> None:
+    base = four_bit.write_full(tmp_path / "base", dtype=torch.bfloat16)
+    options = LoadOptions(quantization="nf4", dtype="float32")
+    model = attach_lora(load(base, options)[0], LoraOptions(r=4, targets=("q_proj", "v_proj")))
+    four_bit.randomise(model, 0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    report = export(tmp_path / "adapter", tmp_path / "merged")
+    assert report.verified is True
+    assert report.changed_share == pytest.approx(1 / 6, rel=0.02)  # of q and v, a sixth of what was in NF4
+    assert divergence(tmp_path / "merged", tmp_path / "adapter") < 1e-3
+
+
 def test_verification_tells_the_two_apart(tmp_path: Path) -> None:
     base = four_bit.write_full(tmp_path / "base")
     adapter = trained(tmp_path / "adapter", base)
@@ -127,11 +159,36 @@ def test_merged_again_in_4_bit(tmp_path: Path, kind: str, method: str) -> None:
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
     base = four_bit.write_base(tmp_path / "base")
     adapter = trained(tmp_path / "adapter", base)
-    with pytest.raises(ExportError, match="holds its weights in NF4 only"):
+    with pytest.raises(ExportError, match="holds its weights in NF4 only") as caught:
         export(adapter, tmp_path / "merged", format=MergeFormat(onto="original"))
+    assert "name the 16-bit model with base=PATH (--base)" in str(caught.value)
     with pytest.raises(ConfigError, match="onto is 'both'"):
         MergeFormat(onto="both")  # type: ignore[arg-type]
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_4_bit_export_that_fails_names_the_folder_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = four_bit.write_full(tmp_path / "base")
+    adapter = trained(tmp_path / "adapter", base)
+    real = run.write_shards
+
+    def damaged(shards: Any, adapter: Any, staging: Path, progress: Any) -> Any:
+        counts = real(shards, adapter, staging, progress)
+        with next(staging.glob("*.safetensors")).open("r+b") as file:
+            file.seek(-2, 2)
+            file.write(b"xx")
+        return counts
+
+    monkeypatch.setattr(run, "write_shards", damaged)
+    with pytest.raises(VerificationError, match=rf"^{tmp_path / 'wanted'} was not written"):
+        export(adapter, tmp_path / "wanted", format="merged_4bit")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    with pytest.raises(ExportError, match=rf"^{tmp_path / 'wanted'} needs"):
+        export(adapter, tmp_path / "wanted", format="merged_4bit")
+    assert not list(tmp_path.glob("*wanted*"))
 
 
 def test_a_tensor_quantised_at_training_is_missing(tmp_path: Path) -> None:

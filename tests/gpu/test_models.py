@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.gpu import contenders
+from benchmarks.gpu import contenders, nf4
 from benchmarks.gpu.shapes import SHAPES, Batch
 from benchmarks.gpu.step import train_step
+from pronghorn.ops import select
+from pronghorn.ops.packed import Packed
 from pronghorn.ops.triton import pieces
 from pronghorn.patching.accelerate import accelerate
+from pronghorn.quant import nf4 as quant_nf4
+from pronghorn.quant.library import as_plain
 from tests import tiny
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3")
 ROWS = Batch(4, 48)
 
 
-def adapted(family: str, dtype: torch.dtype) -> Any:
-    """A tiny model with adapters whose B is not zero."""
-    model = contenders.attach(tiny.model(family, dtype=dtype).to("cuda"))
+def adapted(family: str, dtype: torch.dtype, make: Callable[[Any], Any] | None = None) -> Any:
+    """A tiny model with adapters whose B is not zero; ``make`` turns its linears into others."""
+    base = tiny.model(family, dtype=dtype).to("cuda")
+    model = contenders.attach(base if make is None else nf4.convert(base, make))
     contenders.fill(model)
     return model.train()
 
@@ -64,6 +72,50 @@ def test_bfloat16_training_is_as_true_as_the_original(family: str, recompute: bo
     assert abs(float(ours[0] - truth[0])) <= 1.5 * abs(float(plain[0] - truth[0])) + 1e-3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_4_bit_training_is_as_true_as_the_original(
+    family: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decodes: Counter[int] = Counter()
+    real = select.nf4_decode
+
+    def counted(packed: Packed, out: Tensor) -> Tensor:
+        decodes[packed.data.data_ptr()] += 1
+        return real(packed, out)
+
+    monkeypatch.setattr(select, "nf4_decode", counted)
+    narrow = adapted(family, torch.bfloat16, nf4.PackedLinear)
+    plain = loss_and_grads(narrow)
+    wide = nn.Module.float(copy.deepcopy(narrow))
+    with as_plain(wide, torch.float32):
+        truth = loss_and_grads(wide)
+    report = accelerate(narrow)
+    for kind in ("mlp", "o", "qkv"):
+        found, replaced = report.count(kind)
+        assert found == replaced > 0, str(report)
+    if recompute:
+        narrow.enable_input_require_grads()
+        narrow.gradient_checkpointing_enable({"use_reentrant": False})
+    ours = loss_and_grads(narrow)
+    assert distance(ours[1:], truth[1:]) <= 1.5 * distance(plain[1:], truth[1:]) + 1e-5
+    # a mean over 188 tokens of bfloat16 logits
+    assert abs(float(ours[0] - truth[0])) <= 1e-3 * float(truth[0])
+    decodes.clear()
+    loss_and_grads(narrow)
+    assert decodes and max(decodes.values()) <= 2
+
+
+def test_the_decode_kernel_gives_the_bits_of_torch() -> None:
+    weight = quant_nf4.encode(torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16))
+    out, twin = (torch.full((4096, 1024), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    select.nf4_decode(weight, out, using="triton")
+    select.nf4_decode(weight, twin, using="torch")
+    # a magnitude may be rounded once less: then a value is the next bfloat16
+    assert torch.allclose(out.float(), twin.float(), rtol=2**-7, atol=0.0)
+    assert float((out != twin).float().mean()) < 1e-3
+
+
 def test_the_model_trains_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by the launches themselves: a norm, an MLP or a loss that went another way would be missing."""
     model = adapted("llama", torch.bfloat16)
@@ -89,9 +141,10 @@ def test_the_model_trains_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     assert counts["norm_forward"] >= 5 and counts["gated_forward"] >= 2
 
 
+@pytest.mark.parametrize("make", [None, nf4.PackedLinear], ids=["16-bit", "nf4"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_step_never_waits_for_the_device(recompute: bool) -> None:
-    model = adapted("llama", torch.bfloat16)
+def test_a_step_never_waits_for_the_device(recompute: bool, make: Callable[[Any], Any] | None) -> None:
+    model = adapted("llama", torch.bfloat16, make)
     accelerate(model)
     if recompute:
         model.enable_input_require_grads()

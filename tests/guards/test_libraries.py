@@ -28,7 +28,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
     "transformers": (
         "adapters.",
-        "attention.interface",
+        "attention.",
         "data.",
         "export.",
         "loading.",
@@ -45,7 +45,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "export.verify_streamed",
     ),
     "trl": ("training.trainer",),
-    "accelerate": ("export.verify_streamed",),
+    "accelerate": ("export.verify_streamed", "training.trainer"),
     "datasets": ("data.for_trl", "data.prepare", "data.rows", "data.store"),
     "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
@@ -61,8 +61,10 @@ PLACES: dict[str, tuple[str, ...]] = {
     "jinja2": ("export.gguf_ollama", "export.verify_tokens"),
     "bitsandbytes": ("quant.library",),
     "triton": ("ops.triton.",),
+    "vllm": ("export.verify_in_vllm",),
 }
-COMES_ALONG = frozenset({"triton"})  # with torch's builds for GPUs, and only there
+# with torch's builds for GPUs, and only there; vLLM in an environment of its own
+COMES_ALONG = frozenset({"triton", "vllm"})
 DISTRIBUTIONS = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python"}  # where the name to install differs
 
 

@@ -66,15 +66,18 @@ def test_as_true_as_plain_pytorch(
 
 
 @pytest.mark.skipif(not hasattr(functional, "grouped_mm"), reason="this torch has no grouped products")
-def test_torchs_grouped_products_take_the_same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torchs_grouped_products_take_the_same_arguments(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU they are used for bfloat16; torch has them on the CPU too, with the same rules for strides."""
     count, width, inner, rank = 7, 64, 32, 8
     g = torch.Generator().manual_seed(5)
-    draw = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
+    draw = lambda *shape: torch.randn(shape, generator=g).to(device)  # noqa: E731
     weights = [draw(count, 2 * inner, width) / 8, draw(count, width, inner) / 6]
     factors = [(count, rank, width), (count, 2 * inner, rank), (count, rank, inner), (count, width, rank)]
     adapters = [(0.3 * draw(*shape)).requires_grad_() for shape in factors]
-    index, routing_weights = routing()
+    index, routing_weights = (t.to(device) for t in routing())
     results = []
     for native in (False, True):
         monkeypatch.setattr(
@@ -83,7 +86,7 @@ def test_torchs_grouped_products_take_the_same_arguments(monkeypatch: pytest.Mon
         frozen = [w.bfloat16().transpose(1, 2) for w in weights]
         first = ExpertPart(frozen[0], None, adapters[0], adapters[1], 0.5)
         down = ExpertPart(frozen[1], None, adapters[2], adapters[3], 0.5)
-        x = torch.ones(TOKENS, width, dtype=torch.bfloat16).cumsum(0).sin().requires_grad_()
+        x = torch.ones(TOKENS, width, dtype=torch.bfloat16, device=device).cumsum(0).sin().requires_grad_()
         out = experts.experts(x, index, routing_weights, first, down, ExpertsForm("gate_up", "silu"))
         grads = torch.autograd.grad(out.float().square().sum(), [x, *adapters])
         results.append([out, *grads])

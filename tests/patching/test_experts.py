@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from pronghorn.memory.layers import saved_bytes
+from pronghorn.memory.counter import saved_bytes
 from pronghorn.ops import select
 from pronghorn.patching.accelerate import accelerate
 from pronghorn.patching.experts import PROOF_EXPERTS
@@ -233,3 +233,31 @@ def test_hooks_inside_and_generate() -> None:
     ids = batch()["input_ids"]
     made = [m.generate(input_ids=ids, max_new_tokens=6, do_sample=False) for m in (model, plain)]
     assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("recompute", ["full", "unsloth", "auto"])
+def test_recompute_gives_the_same_bits(recompute: str) -> None:
+    found = []
+    for mode in (None, recompute):
+        model = with_experts()
+        model.enable_input_require_grads()
+        report = accelerate(model, recompute=mode, activation_bytes=0)
+        found.append(step(model))
+        assert report.model_check.startswith("equal")
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_autocast_takes_bfloat16_experts_and_leaves_float32_ones() -> None:
+    for dtype, declined in ((torch.bfloat16, 0), (torch.float32, 2)):
+        truth = torch.cat([g.flatten() for g in step(with_experts(dtype=dtype).float())[1]])
+        off = []
+        for fast in (False, True):
+            model = with_experts(dtype=dtype)
+            report = accelerate(model, kinds=["experts"]) if fast else None
+            with torch.autocast("cpu", torch.bfloat16):
+                grads = torch.cat([g.flatten() for g in step(model)[1]])
+            off.append(float((grads - truth).norm() / truth.norm()))
+        assert report is not None
+        assert sum(report.fallbacks().get("experts", {}).values()) == declined
+        assert off[1] <= 1.5 * off[0]

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pronghorn import LoadOptions, load
-from pronghorn.memory.layers import layers_of, saved_bytes
+from pronghorn.memory.counter import saved_bytes
+from pronghorn.memory.layers import layers_of
 from pronghorn.ops import select
 from pronghorn.ops.packed import Packed
 from pronghorn.patching.accelerate import accelerate
@@ -125,6 +126,24 @@ def test_gradients_after_an_evaluation_equal_those_before(tmp_path: Path) -> Non
         model(**batch())
     after = step(model)
     assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+def test_a_model_loaded_by_transformers_keeps_its_gradients_too(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(four_bit.write_base(tmp_path / "base"), dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(**LORA))
+    make_generic(model)
+    layer = next(module for _, module in linears_4bit(model))
+    flag = layer.support_avx512bf16_for_cpu
+    report = accelerate(model)
+    before = step(model)
+    with torch.no_grad():
+        model.eval()
+        model(**batch())
+    after = step(model)
+    assert all(torch.equal(a, b) and b.any() for a, b in zip(before[1], after[1], strict=True))
+    assert report.fallbacks() == {}
+    report.undo()
+    assert layer.support_avx512bf16_for_cpu == flag
 
 
 def test_4_bit_linears_without_an_adapter_are_replaced_too(tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 import torch
 
+from pronghorn.errors import MissingDependencyError
+from pronghorn.ops import packed as packed_module
 from pronghorn.ops.packed import BLOCK, decode, dynamic_code, levels
 from pronghorn.quant import nf4
 from pronghorn.quant.library import bitsandbytes
@@ -49,6 +52,13 @@ def test_decoding_equals_bitsandbytes_bit_for_bit(shape: tuple[int, int], dtype:
     assert torch.equal(decode(packed), theirs)
 
 
+def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    with pytest.raises(MissingDependencyError, match="a model in 4-bit needs bitsandbytes") as caught:
+        bitsandbytes()
+    assert "pip install 'pronghorn[qlora]'" in str(caught.value)
+
+
 @pytest.mark.parametrize("shape", [(64, 96), (7, 63), (5, 13), (1, 1)])
 def test_widths_that_are_no_multiple_of_the_block(shape: tuple[int, int]) -> None:
     values = weight(shape)
@@ -77,7 +87,8 @@ def test_pieces_equal_the_whole(
 ) -> None:
     values = weight(shape, dtype)
     whole = decode(nf4.encode(values))
-    monkeypatch.setattr(nf4, "_TILE_ELEMENTS", 256)
+    for module in (nf4, packed_module):
+        monkeypatch.setattr(module, "TILE_ELEMENTS", 256)
     assert torch.equal(decode(nf4.encode(values)), whole)
     flat, count = values.flatten(), values.numel()
 

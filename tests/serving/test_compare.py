@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from pronghorn import LoadOptions, LoraOptions, attach_lora, export, load, train
+from pronghorn import FastLanguageModel, LoadOptions, LoraOptions, attach_lora, export, load, train
 from pronghorn.cli.main import app
 from pronghorn.errors import DataError
 from pronghorn.serving.compare import Candidate, compare, drift_candidates
@@ -72,6 +73,25 @@ def test_rows_and_vocabularies_that_do_not_fit(tmp_path: Path, rows: Path) -> No
         compare((Candidate("a", base), Candidate("b", wide)), rows)
     with pytest.raises(DataError, match=r"smaller vocabulary|another"):
         compare((Candidate("a", wide), Candidate("b", base)), rows)
+
+
+def test_a_notebooks_merge_tells_its_drift(
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = four_bit.write_full(tmp_path / "base")
+    model, tokenizer = FastLanguageModel.from_pretrained(base, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(model, r=4, accelerate=False)
+    four_bit.randomise(model, 0.05)
+    capsys.readouterr()
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer, rows=rows)
+    told = capsys.readouterr().out
+    found = re.search(r"on (\d+) tokens: merged onto decoded: KL (\S+), .*; onto original: KL (\S+),", told)
+    assert found is not None, told
+    assert float(found[2]) < 1e-3 < float(found[3])
+    model.save_pretrained_merged(tmp_path / "original", tokenizer, onto="original")
+    told = capsys.readouterr().out
+    assert "not the model that was trained" in told
+    assert "drift from the trained model was not measured: give rows=FILE" in told
 
 
 def test_drift_of_a_merge_on_the_runs_own_rows(tmp_path: Path, rows: Path) -> None:

@@ -22,6 +22,7 @@ from pronghorn.errors import (
     RunConflictError,
     SourceError,
 )
+from pronghorn.loading.load import load
 from pronghorn.training.manifest import add_fallbacks
 from pronghorn.training.metrics import MetricsLog, read_metrics, row_from_logs
 from pronghorn.training.run import train
@@ -55,6 +56,35 @@ def test_the_run_folder_holds_all_there_is_to_know(make_config: MakeConfig, base
     assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
         path.name for path in result.adapter.iterdir()
     }
+
+
+def test_new_tokens_train_and_are_saved(make_config: MakeConfig, tmp_path: Path) -> None:
+    words = ["<tool>", "</tool>"]
+    rows = tmp_path / "tools.jsonl"
+    row = {"prompt": "call", "completion": " <tool>add</tool>"}
+    rows.write_text("".join(json.dumps({**row, "prompt": f"call {n}"}) + "\n" for n in range(12)))
+    data = {"train": str(rows), "eval": ()}
+    config = make_config(model={"new_tokens": words}, data=data, training={"max_steps": 3})
+    result = train(config)
+    record = json.loads((result.adapter / "pronghorn.json").read_text())
+    assert record["vocab_rows"] == 514
+    assert record["tokenizer_changes"] == ["tokenizer.json: taken from the adapter (2 new tokens)"]
+    saved = load_file(result.adapter / "adapter_model.safetensors")
+    rows_of = [tensor for name, tensor in saved.items() if "trainable_tokens_delta" in name]
+    assert [list(tensor.shape) for tensor in rows_of] == [[2, 64], [2, 64]]
+    assert not torch.equal(rows_of[0][0], rows_of[0][1])  # both began as the same mean
+    _, tokenizer = load(result.adapter, say=None)
+    assert tokenizer.convert_tokens_to_ids(words) == [512, 513]
+    more = make_config("more", model={"name": str(result.adapter)}, data=data, training={"max_steps": 1})
+    train({**more, "lora": None})  # goes on with the rows that were saved
+    with pytest.raises(AdapterError, match="already has an adapter, which would not train the new tokens"):
+        train(
+            {
+                **make_config("again"),
+                "model": {"name": str(result.adapter), "new_tokens": ["<x>"]},
+                "lora": None,
+            }
+        )
 
 
 def test_metrics_have_every_step_once(make_config: MakeConfig) -> None:

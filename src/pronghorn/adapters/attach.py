@@ -18,6 +18,7 @@ from pronghorn.adapters.save import bind_save
 from pronghorn.adapters.targets import Targets, resolve_targets
 from pronghorn.adapters.tied import Tied, settle
 from pronghorn.errors import AdapterError, NotSupportedError
+from pronghorn.quant.library import values
 
 _PEFT_FIELDS = frozenset(one.name for one in fields(LoraConfig))
 
@@ -94,10 +95,10 @@ def report(model: PeftModel, *, tied: Tied | None = None) -> AttachReport:
         leaf = name.removesuffix(".weight").rpartition(".")[2]
         counts[leaf] = counts.get(leaf, 0) + 1
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
     rows = getattr(config, "trainable_token_indices", None) or {}
     tokens = len({index for ids in rows.values() for index in ids})
-    return AttachReport(counts, tuple(config.modules_to_save or ()), config.r, tied, trainable, total, tokens)
+    kept = tuple(config.modules_to_save or ())
+    return AttachReport(counts, kept, config.r, tied, trainable, values(model), tokens)
 
 
 def _parameter_names(model: PeftModel) -> list[str]:

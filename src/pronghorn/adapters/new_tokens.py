@@ -170,20 +170,26 @@ def _is_named(full: str, listed: Iterable[str]) -> bool:
 
 
 def start_rows(wrapped: Any, adapter_name: str) -> None:
-    """Give the rows that train their first values, in float32, after PEFT has wrapped the model."""
+    """Give the rows that train their first values, after PEFT has wrapped the model."""
+    ready_rows(wrapped)
     new = new_tokens_of(wrapped)
     if new is not None:
         for name, layer in _layers(wrapped):
-            layer.trainable_tokens_delta[adapter_name].data = (
-                new.rows[name].clone().to(layer.base_layer.weight.device)
-            )
+            rows = layer.trainable_tokens_delta[adapter_name]
+            rows.data = new.rows[name].clone().to(rows.device)
 
 
-def float_rows(wrapped: Any) -> None:
-    """Hold the rows that train in float32: PEFT makes them in the base's dtype, which loses small steps."""
+def ready_rows(wrapped: Any) -> None:
+    """Hold the rows that train in float32: PEFT makes them in the base's dtype, which loses small steps.
+
+    The head also gets the ``bias`` that PEFT's wrapper lacks, None: TRL's trainers read it beside the weight.
+    """
     for _, layer in _layers(wrapped):
         for rows in layer.trainable_tokens_delta.values():
             rows.data = rows.data.float()
+    head = base_of(wrapped).get_output_embeddings()
+    if getattr(head, "token_adapter", None) is not None:
+        head.bias = None
 
 
 def _layers(wrapped: Any) -> list[tuple[str, Any]]:

@@ -19,7 +19,7 @@ class Origin:
 
     ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length;
     ``rows`` the embedding rows at load; ``seed`` and ``recompute`` are for an adapter trained later;
-    ``samples`` a few values of every weight at load; ``quantised`` the file tensors held in NF4,
+    ``samples`` a few values of every weight at load; ``quantised`` the file tensors held in ``quantization``,
     ``quantised_dtype`` what they decode to; ``report`` the LoadReport.
     """
 
@@ -36,6 +36,7 @@ class Origin:
     recompute: bool | str = False
     rows: int | None = None
     samples: dict[str, str] = field(default_factory=dict)
+    quantization: str | None = None
     quantised: tuple[str, ...] = ()
     quantised_dtype: str | None = None
     report: Any = None

@@ -69,7 +69,7 @@ def record_of(model: PeftModel, adapter_name: str | None = None) -> AdapterRecor
         trainable=trainable,
         rank=config.r,
         vocab_rows=rows if origin and origin.rows and rows != origin.rows else None,
-        quantization="nf4" if origin and origin.quantised else None,
+        quantization=origin.quantization if origin else None,
         quantised_dtype=origin.quantised_dtype if origin else None,
         quantised=origin.quantised if origin else (),
     )

@@ -87,10 +87,10 @@ def _print_drift(report: ExportReport, onto: str) -> None:
     from pronghorn.cli.compare import COLUMNS, table_rows
     from pronghorn.cli.tables import print_table
     from pronghorn.errors import PronghornError
-    from pronghorn.serving.compare import compare, drift_candidates
+    from pronghorn.serving.compare import drift
 
     try:
-        measured = compare(drift_candidates(report.adapter, report.base, report.folder, onto))
+        measured = drift(report, onto)
     except PronghornError as error:
         print(
             f"drift from the trained model was not measured: {error.message}\n"

@@ -27,6 +27,13 @@ class Job:
     verify: bool
     progress: Progress | None
     onto: Onto = "decoded"
+    goal: Path | None = None
+    """where the result of a step in between (``target``) ends up: what messages name"""
+
+    @property
+    def named(self) -> Path:
+        """The folder the caller asked for."""
+        return self.goal or self.target
 
     @property
     def tokenizer(self) -> Path:
@@ -49,13 +56,13 @@ def verified(
     failure = report.first_failure
     if failure is None:
         return tuple((row.name, row.detail) for row in report.rows)
-    detail = failure.detail.replace(str(staging), str(job.target))
+    detail = failure.detail.replace(str(staging), str(job.named))
     if failure.ok is None:
         raise VerificationError(
-            f"{job.target} was not verified, so it was not written: {failure.name}: {detail}",
+            f"{job.named} was not verified, so it was not written: {failure.name}: {detail}",
             fix="remove the cause, or export with verify=False (--no-verify) and check it elsewhere",
         )
     raise VerificationError(
-        f"{job.target} was not written, it would break a promise: {failure.name}: {detail}",
+        f"{job.named} was not written, it would break a promise: {failure.name}: {detail}",
         fix="please report this; verify=False (--no-verify) writes the folder for a closer look",
     )

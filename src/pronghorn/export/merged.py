@@ -189,7 +189,8 @@ class _Merge:
             exact = self._tile(before, first, last, columns)
             merged = scratch.take("merged", tuple(exact.shape), stored).copy_(exact)
             self._check_range(merged)
-            changed += merged.numel() - _same_bits(before, merged[: len(before)], scratch)
+            # a base that was decoded to float32 in memory is written in the dtype of its files
+            changed += merged.numel() - _same_bits(before.to(stored), merged[: len(before)], scratch)
             if self.tensor.coded:
                 written += self._write_codes(target, self.tensor.coded, exact.float(), first)
             else:

@@ -75,7 +75,12 @@ def base_weights(base: Source, record: AdapterRecord | None, onto: Onto) -> Base
     if record is None or record.quantization is None:
         return BaseWeights(weights)
     if onto == "original":
-        return BaseWeights(weights, {}, _note(len(record.quantised), "original"))
+        return BaseWeights(weights, {}, _note(len(record.quantised), "original", record.quantization))
+    if record.quantization == "int8":
+        raise ExportError(
+            "the adapter was trained on a base in 8-bit, whose decoded values are not merged onto",
+            fix='merge onto the original values (--onto original, onto="original") and read the drift',
+        )
     encoded = {}
     for name in record.quantised:
         if name not in weights.tensors:
@@ -87,11 +92,12 @@ def base_weights(base: Source, record: AdapterRecord | None, onto: Onto) -> Base
     return BaseWeights(weights, encoded, _note(len(encoded), "decoded"))
 
 
-def _note(count: int, onto: Onto) -> str:
+def _note(count: int, onto: Onto, held: str = "nf4") -> str:
     if onto == "decoded":
         return f"merged onto the decoded NF4 values of {count} tensors: the model that was trained"
     return (
-        f"merged onto the original 16-bit values of {count} tensors that were in NF4 at training: "
+        f"merged onto the original 16-bit values of {count} tensors that were in "
+        f"{'NF4' if held == 'nf4' else '8-bit'} at training: "
         "not the model that was trained"
     )
 

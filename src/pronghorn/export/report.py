@@ -36,6 +36,8 @@ class ExportReport:
     left_out: tuple[str, ...]
     seconds: float
     onto: str | None = None
+    trained_on: Path | None = None
+    """the 4-bit base of the training, where ``base`` is the 16-bit model it was made from"""
     verified: bool | None = None
     checks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
@@ -45,7 +47,8 @@ class ExportReport:
         share = "" if self.changed_share is None else f", {self.changed_share:.1%} of their elements changed"
         merged = f"{self.tensors_merged} tensors merged{share}, {self.tensors_copied} copied"
         checked = f"verified ({len(self.checks)} checks)" if self.verified else "not verified"
-        lines = [f"{done}: {merged}; {checked}", *(f"warning: {warning}" for warning in self.warnings)]
+        onto = [self.onto] if self.onto else []
+        lines = [f"{done}: {merged}; {checked}", *onto, *(f"warning: {warning}" for warning in self.warnings)]
         return "\n".join(lines)
 
 

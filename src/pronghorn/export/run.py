@@ -23,6 +23,7 @@ from pronghorn.export.job import SUBFOLDER, Job, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
 from pronghorn.export.onto import MergeFormat, base_weights
+from pronghorn.export.original import original_of
 from pronghorn.export.packed import NOTE, write_packed
 from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
@@ -85,15 +86,19 @@ def export(
     if source.kind is SourceKind.BASE and base is not None:
         raise ConfigError(f"{adapter} is a whole model, which has no base", fix="leave out base (--base)")
     # the base's own code is copied, never run here; verification decides for itself
-    found = (
-        source if source.kind is SourceKind.BASE else resolve_base(source, base=base, trust_remote_code=True)
-    )
+    original = None
+    if source.kind is SourceKind.BASE:
+        found = source
+    else:
+        original = original_of(source, base) if wanted.onto == "original" and base is not None else None
+        found = original[0] if original else resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
     job = Job(source, found, goal, overwrite, verify, progress, wanted.onto)
     with _disk_errors(goal):
         report = write(job)
-    return replace(report, seconds=time.perf_counter() - started)
+    trained_on = original[1] if original else None
+    return replace(report, trained_on=trained_on, seconds=time.perf_counter() - started)
 
 
 def _writer(wanted: MergeFormat) -> tuple[Callable[[Job], ExportReport], bool]:
@@ -163,7 +168,7 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     needed = sum(shard.size for shard in shards) + sum(
         (job.base.path / name).stat().st_size for name in copied
     )
-    check_space(job.target, needed)
+    check_space(job.named, needed)
     with StagedFolder(job.target, job.overwrite) as staging:
         counts = write_shards(shards, adapter.shard, staging, job.progress)
         copy_into(job.base.path, copied, staging)
@@ -194,7 +199,7 @@ def _packed(job: Job) -> ExportReport:
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
-        report = _merged(replace(job, target=Path(scratch) / "merged", overwrite=False))
+        report = _merged(replace(job, target=Path(scratch) / "merged", overwrite=False, goal=goal))
         stored = stored_4bit(job.base.config, open_weights(job.base.path))
         with StagedFolder(goal, job.overwrite) as staging:
             count = write_packed(report.folder, staging, stored or None)

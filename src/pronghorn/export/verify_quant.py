@@ -45,6 +45,8 @@ def trained_in_4bit(adapter: Path | None) -> tuple[frozenset[str], str]:
         record = json.loads(((adapter or Path()) / _RECORD).read_bytes())
     except (OSError, ValueError):
         return frozenset(), ""
+    if record.get("quantization") != "nf4":
+        return frozenset(), ""
     return frozenset(record.get("quantised") or ()), str(record.get("quantised_dtype"))
 
 
@@ -78,9 +80,10 @@ def _write(
     header, at = {}, 0
     for name, tensor in tensors.items():
         state = _state(base, name)
-        kind = _NAMES[str(state["dtype"])] if state else tensor.dtype
+        made = str(state["dtype"]) if state else dtype if name in quantised else ""
+        kind = _NAMES[made] if made else tensor.dtype
         shape = list(state["shape"]) if state else list(tensor.shape)
-        size = prod(shape) * _DTYPES[kind].itemsize if state else tensor.end - tensor.start
+        size = prod(shape) * _DTYPES[kind].itemsize if made else tensor.end - tensor.start
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
@@ -97,7 +100,7 @@ def _content(base: Folder, name: str, tensor: Tensor, quantised: frozenset[str],
         values = decoded(base, name, state)
     elif name in quantised:
         held = _read(tensor).to(getattr(torch, dtype))
-        values = through_nf4(held).to(held.dtype).to(_DTYPES[tensor.dtype])
+        values = through_nf4(held).to(held.dtype)
     else:
         return _bytes(tensor)
     return values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

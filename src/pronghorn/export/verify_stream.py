@@ -142,7 +142,13 @@ def _embedding(base: Folder) -> Tensor | None:
 
 
 def _compare_same(name: str, ours: Tensor, theirs: Tensor, result: Comparison) -> None:
-    """The bytes are the base's; rows beyond the base's are added vocabulary, compared with nothing."""
+    """The bytes are the base's; rows beyond the base's are added vocabulary, compared with nothing.
+
+    A base that was decoded to float32 is rounded to the dtype of the folder first.
+    """
+    if ours.dtype != theirs.dtype and {ours.dtype, theirs.dtype} <= _DTYPES.keys():
+        _compare_rounded(name, ours, theirs, result)
+        return
     length = min(ours.end - ours.start, theirs.end - theirs.start)
     with ours.file.open("rb") as left, theirs.file.open("rb") as right:
         left.seek(ours.start)
@@ -152,6 +158,17 @@ def _compare_same(name: str, ours: Tensor, theirs: Tensor, result: Comparison) -
             if left.read(size) != right.read(size):
                 result.problems.append(f"{name} differs from the base, and the adapter does not touch it")
                 return
+    result.same_tensors += 1
+
+
+def _compare_rounded(name: str, ours: Tensor, theirs: Tensor, result: Comparison) -> None:
+    rows = min(ours.shape[0], theirs.shape[0])
+    step = max(1, _TILE_ELEMENTS * rows // max(1, theirs.end - theirs.start))
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        if not torch.equal(_read(ours, first, last), _read(theirs, first, last).to(_DTYPES[ours.dtype])):
+            result.problems.append(f"{name} differs from the base, and the adapter does not touch it")
+            return
     result.same_tensors += 1
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file
 
 from pronghorn.adapters.attach import peft_warnings, seeded
-from pronghorn.adapters.new_tokens import float_rows
+from pronghorn.adapters.new_tokens import ready_rows
 from pronghorn.adapters.options import check_keeps_base
 from pronghorn.errors import AdapterError
 from pronghorn.sources.resolve import ADAPTER_WEIGHTS
@@ -38,7 +38,7 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
         config.inference_mode = False
         with seeded(0), peft_warnings():  # every value drawn here is overwritten
             wrapped = PeftModel(model, config)
-            float_rows(wrapped)
+            ready_rows(wrapped)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise AdapterError(
             f"the adapter {source.path} does not fit its base: {error}",
@@ -58,6 +58,24 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
     if missing or extra:
         raise _refusal(source.path, problems or [*_line("missing", missing), *_line("extra", extra)])
     return wrapped
+
+
+def attach_blank(model: Any, source: Source) -> PeftModel:
+    """Wrap a model on the meta device with an adapter of the shape of ``source``, trainable; nothing is read.
+
+    Raises:
+        AdapterError: the adapter's config does not fit the base.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(source.path))
+        config.inference_mode = False
+        with seeded(0), peft_warnings():
+            return PeftModel(model, config)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise AdapterError(
+            f"the adapter {source.path} does not fit its base: {error}",
+            fix="check that adapter_config.json belongs to these weights, or pass base= with another base",
+        ) from error
 
 
 def _compare(

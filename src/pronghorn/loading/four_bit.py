@@ -28,20 +28,20 @@ from pronghorn.weights.reader import read_tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """How a base is to be loaded: ``stored``: its 4-bit weights; ``encode``: quantise its 16-bit ones."""
+    """How a base is to be loaded: ``stored``: its 4-bit weights; ``encode``: what to quantise to."""
 
     weights: WeightFolder
     stored: Mapping[str, Any]
-    encode: bool
+    encode: str | None
 
     @property
-    def quantised(self) -> bool:
-        """Whether the model will be in 4-bit."""
-        return self.encode or bool(self.stored)
+    def quantised(self) -> str | None:
+        """What the model will be in: "nf4", "int8" or 16-bit (None)."""
+        return "nf4" if self.stored else self.encode
 
 
 def plan_load(source: Source, asked: str | None) -> Plan:
-    """Hold a request ("nf4", "none" or None) against the content of a base folder; nothing is loaded.
+    """Hold a request ("nf4", "int8", "none" or None) against the content of a base folder; nothing is loaded.
 
     Raises:
         SourceError: the folder contradicts itself, or parts of its 4-bit weights are missing or do not fit.
@@ -50,12 +50,13 @@ def plan_load(source: Source, asked: str | None) -> Plan:
     """
     weights = open_weights(source.path)
     stored = stored_4bit(source.config, weights)
-    if stored and asked == "none":
+    if stored and asked in ("none", "int8"):
+        wanted = "16-bit" if asked == "none" else "8-bit"
         raise ConfigError(
-            f"16-bit weights were asked for, but {source.name} holds {len(stored)} weights in NF4",
-            fix="give the 16-bit model, or leave quantization (load_in_16bit) out",
+            f"{wanted} weights were asked for, but {source.name} holds {len(stored)} weights in NF4",
+            fix="give the 16-bit model, or leave quantization (load_in_16bit, load_in_8bit) out",
         )
-    plan = Plan(weights, stored, asked == "nf4" and not stored)
+    plan = Plan(weights, stored, asked if asked in ("nf4", "int8") and not stored else None)
     if plan.quantised:
         bitsandbytes()
     return plan

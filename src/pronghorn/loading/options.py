@@ -19,7 +19,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "float16": torch.float16, "fp16": torch.float16,
     }
 )  # fmt: skip
-QUANTIZATIONS = (None, "nf4", "none")
+QUANTIZATIONS = (None, "nf4", "int8", "none")
 DEFAULT_MAX_SEQ_LENGTH = 2048
 _PLACEMENTS = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
 _DEVICE_TYPES = frozenset({"cpu", "cuda", "xpu", "mps", "hpu", "npu"})
@@ -42,8 +42,8 @@ class LoadOptions:
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     quantization: str | None = None
-    """None: as the folder's content says (and as an adapter was trained); "nf4": the base in 4-bit; "none":
-    the base in 16-bit. A request that contradicts the content is an error."""
+    """None: as the folder's content says (and as an adapter was trained); "nf4": the base in 4-bit;
+    "int8": in 8-bit; "none": in 16-bit. A request that contradicts the content is an error."""
     recompute: bool = False
     """Recompute activations in the backward pass (gradient checkpointing) instead of keeping them."""
     seed: int = 3407
@@ -59,8 +59,9 @@ class LoadOptions:
         self.torch_dtype()
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f"quantization is {self.quantization!r}; the base can be loaded in 16-bit or in NF4",
-                fix='use "nf4", "none", or None for what the folder holds',
+                f"quantization is {self.quantization!r}; the base can be loaded in 16-bit, in NF4 or in "
+                "8-bit",
+                fix='use "nf4", "int8", "none", or None for what the folder holds',
             )
         if isinstance(self.device_map, str) and self.device_map not in _PLACEMENTS:
             kind, _, index = self.device_map.partition(":")

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pronghorn.quant.library import is_linear_4bit, linears_4bit, state_tensors
+from pronghorn.memory.counter import storage_key
+from pronghorn.quant.library import linears_4bit, linears_8bit, state_tensors, values
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """The state of a model right after loading.
 
-    ``left`` counts the modules that stay as stored, by reason. ``dtype_bytes`` counts each storage once;
-    ``full_bytes`` is what the same tensors take in 16-bit. ``resident_bytes`` is the process's resident
-    memory, ``added_bytes`` what loading added to it (None where the system does not tell).
+    ``quantised`` names the modules that are ``held`` in NF4 or in 8-bit; ``left`` counts the modules that
+    stay as stored, by reason. ``dtype_bytes`` counts each storage once; ``full_bytes`` is what the same
+    tensors take in 16-bit. ``resident_bytes`` is the process's resident memory, ``added_bytes`` what loading
+    added to it (None where the system does not tell).
     """
 
     quantised: tuple[str, ...]
+    held: str
     left: Mapping[str, int]
     dtype_bytes: Mapping[str, int]
     full_bytes: int
@@ -42,7 +44,7 @@ class LoadReport:
         if self.added_bytes is not None:
             memory += f", {size(self.added_bytes)} of it from loading"
         kept = ", ".join(f"{reason} x{count}" for reason, count in sorted(self.left.items()))
-        modules = f"{len(self.quantised)} modules in NF4"
+        modules = f"{len(self.quantised)} modules in {self.held}"
         modules += f", left in 16-bit: {kept}" if kept and self.quantised else ""
         return (
             f"{modules if self.quantised else 'nothing quantised'}; {size(self.total_bytes)} ({kinds}), "
@@ -67,8 +69,10 @@ def memory() -> int | None:
 def report_load(model: Any, left: Mapping[str, str], before: int | None) -> LoadReport:
     """Measure a model; ``left``: modules not quantised, with reasons; ``before``: an earlier ``memory()``."""
     now = memory()
+    eight = tuple(name for name, _ in linears_8bit(model))
     return LoadReport(
-        tuple(name for name, _ in linears_4bit(model)),
+        eight or tuple(name for name, _ in linears_4bit(model)),
+        "8-bit (bitsandbytes' own code runs them)" if eight else "NF4",
         dict(Counter(left.values())),
         dtype_bytes(model),
         full_bytes(model),
@@ -79,29 +83,18 @@ def report_load(model: Any, left: Mapping[str, str], before: int | None) -> Load
 
 def dtype_bytes(model: torch.nn.Module) -> dict[str, int]:
     """Bytes by dtype, of the storages: a shared tensor counts once, the state of 4-bit weights counts too."""
-    seen: set[tuple[torch.device, int]] = set()
+    seen: set[int] = set()
     found: Counter[str] = Counter()
     for tensor in _tensors(model):
-        storage = tensor.untyped_storage()
-        place = (tensor.device, storage.data_ptr())
-        if place not in seen:
-            seen.add(place)
-            found[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
+        if storage_key(tensor) not in seen:
+            seen.add(storage_key(tensor))
+            found[str(tensor.dtype).removeprefix("torch.")] += tensor.untyped_storage().nbytes()
     return dict(found)
 
 
 def full_bytes(model: torch.nn.Module) -> int:
     """Bytes of the parameters in 16-bit, a 4-bit weight counted by the shape it decodes to."""
-    total = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            packed = name == "weight" and is_linear_4bit(module)
-            total += 2 * (prod(parameter.quant_state.shape) if packed else parameter.numel())  # type: ignore[attr-defined]
-    return total
+    return 2 * values(model)
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -109,3 +102,5 @@ def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
     for _, module in linears_4bit(model):
         yield from state_tensors(module)
+    for _, module in linears_8bit(model):
+        yield module.weight.SCB if module.weight.SCB is not None else module.state.SCB

@@ -8,7 +8,6 @@ instance.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pronghorn.errors import ConfigError
+from pronghorn.hardware import free_host_bytes
 from pronghorn.memory import recompute
+from pronghorn.memory.counter import saved_bytes
 from pronghorn.memory.offload import Offload
 
 Mode = Literal["full", "unsloth", "auto"]
@@ -159,26 +160,8 @@ def make_plan(model: Any, mode: str, run: Callable[[int], Any], budget_bytes: in
     )
 
 
-def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes of the distinct storages that ``run()`` saves for backward, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-    alive = []
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(found.values())
-
-
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on ``device``."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_host_bytes()

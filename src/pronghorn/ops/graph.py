@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Node = Any  # a torch.autograd.graph.Node of one of our functions
 
@@ -55,6 +56,11 @@ def release(node: Node) -> tuple[Tensor, ...]:
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, which torch leaves untyped."""
     return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers: what would be decided by its numbers has to be assumed."""
+    return isinstance(tensor, FakeTensor)
 
 
 class Held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -15,14 +16,16 @@ from pronghorn.memory.layers import RecomputeSwitch, make_plan
 from pronghorn.patching import attentions, experts, head, linears, mlps, norms
 from pronghorn.patching.adapted import is_adapted, is_adapted_parameter, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked
+from pronghorn.patching.mlps import MlpForm
 from pronghorn.patching.places import PlacesSwitch
 from pronghorn.patching.proof import Build, Verdict, prove
-from pronghorn.patching.report import Choice, Part, PatchReport
+from pronghorn.patching.report import REPLACEABLE, Choice, Part, PatchReport
 from pronghorn.patching.signature import signature
 from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
 from pronghorn.patching.watch import current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
 from pronghorn.quant.library import is_linear_4bit
+from pronghorn.versions import warn_untested
 
 # what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
 ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
@@ -30,7 +33,6 @@ ROPE_LEFT = "applied by a module-level function of transformers: replacing it re
 RECOMPUTE_MODES: Mapping[bool | str, str | None] = MappingProxyType(
     {True: "full", False: None, "unsloth": "unsloth", "auto": "auto"}
 )
-REPLACEABLE = ("norm", "attention", "qkv", "o", "linear", "mlp", "experts", "loss")
 
 
 def accelerate(
@@ -72,6 +74,7 @@ def accelerate(
         raise ConfigError(
             f"strict={unknown}: not among the kinds considered", fix=f"choose from {', '.join(kinds)}"
         )
+    warn_untested()
     base = base_of(model)
     if (before := current_report(base)) is not None:
         before.undo()
@@ -98,24 +101,51 @@ def _demand(report: PatchReport, complete: Sequence[str], present: Sequence[str]
 
 def plan(base: Any, report: PatchReport, choice: Choice) -> None:
     """Fill ``report`` and put the proven replacements in place."""
-    kinds = choice.kinds
-    batch = sample_batch(base)
+    with torch.random.fork_rng(devices=[]):
+        if not find_and_replace(base, report, choice, sample_batch(base)):
+            return
+        with torch.enable_grad():
+            if choice.recompute is not None:
+                put_recompute(base, report, choice)
+            check_model(base, report)
+
+
+def find_and_replace(
+    base: Any,
+    report: PatchReport,
+    choice: Choice,
+    batch: dict[str, Tensor],
+    prover_kind: type[Prover] | None = None,
+    running: AbstractContextManager[Any] | None = None,
+) -> bool:
+    """Find the parts, put in place what the prover accepts; False if the model does not run.
+
+    Args:
+        base: the model.
+        report: filled.
+        choice: which kinds.
+        batch: what the model is run on.
+        prover_kind: who judges; by default ``Prover``.
+        running: entered for every run of the whole model.
+    """
+    kinds, running = choice.kinds, running or nullcontext()
     places = PlacesSwitch(base)
     if places.offsets:
         places.on()
         report.switches.append(places)
         report.packed = str(places)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad():
         try:
-            found = trace(base, batch)
+            with running:
+                found = trace(base, batch)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
             report.model_check = (
                 f"nothing done: a short text input raises {type(error).__name__}: {str(error)[:120]}"
             )
             for kind in kinds:
                 report.add(kind, "model", report.model_check)
-            return
-        prover = Prover(report, found, dict(base.named_modules()))
+            return False
+        prover = (prover_kind or Prover)(report, found, dict(base.named_modules()))
         chosen = prover.norms() if "norm" in kinds else []
         taken: set[str] = set()
         if "mlp" in kinds:
@@ -132,10 +162,9 @@ def plan(base: Any, report: PatchReport, choice: Choice) -> None:
             if any("inv_freq" in key for key, _ in module.named_buffers(recurse=False)):
                 report.add("rope", name, ROPE_LEFT)
         if "attention" in kinds:
-            _attention(base, report, batch)
-        if choice.recompute is not None:
-            _recompute(base, report, choice)
-        check_model(base, report)
+            with running:
+                _attention(base, report, batch)
+    return True
 
 
 Chosen = list[tuple[str, str, str, list[InstanceForward]]]
@@ -203,11 +232,14 @@ class Prover:
         for child in module.children():
             if linear_shape(child) and isinstance(state := lora_part(child, training=True), Declined):
                 return str(state), []
-        form = mlps.fit_mlp(module, self.trace.shapes[name])
+        form = self._fit_mlp(module, self.trace.shapes[name])
         if isinstance(form, Declined):
             return str(form), []
         forward = mlps.MlpForward(module, form, tile)
         return self._prove(name, module, lambda clone: [mlps.MlpForward(clone, form, tile)], [forward])
+
+    def _fit_mlp(self, module: nn.Module, shape: tuple[int, ...]) -> MlpForm | Declined:
+        return mlps.fit_mlp(module, shape)
 
     def experts(self, tile: int | None) -> Chosen:
         """Every module that holds stacked experts, by the name under which the model calls it."""
@@ -253,6 +285,10 @@ class Prover:
                 if kind != "linear":
                     reason = "has no adapter: a frozen linear saves nothing"
                     chosen.append((kind, ", ".join(group), reason, []))
+                continue
+            states = (lora_part(member, training=True) for member in members)
+            if (why := next((str(s) for s in states if isinstance(s, Declined)), None)) is not None:
+                chosen.append((kind, ", ".join(group), why, []))
                 continue
             width = (linear_shape(members[0]) or (0, 0))[0]
             self.trace.shapes.setdefault(group[0], (1, 1, width))
@@ -332,7 +368,9 @@ def _attention(base: Any, report: PatchReport, batch: dict[str, Tensor]) -> None
         report.parts.append(Part("attention", names[module], True, "proven by the check of the whole model"))
 
 
-def _recompute(base: Any, report: PatchReport, choice: Choice) -> None:
+def put_recompute(base: Any, report: PatchReport, choice: Choice) -> None:
+    """Switch recompute on as ``choice`` says."""
+
     def run(tokens: int) -> Any:
         return base(**sample_batch(base, tokens=tokens), use_cache=False).loss
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from pronghorn.memory.counter import storage_key
 from pronghorn.memory.layers import layers_of
 from pronghorn.ops import select
 from pronghorn.ops.buffer import DecodeBuffer, PackedWeight
 from pronghorn.ops.packed import Packed
 from pronghorn.patching.forwards import Declined
-from pronghorn.quant.library import linears_4bit, packed_of
+from pronghorn.quant.library import REPACKS, guard_gradients, linears_4bit, packed_of
 
 # the attribute of a 4-bit layer that holds its place; a copy of the model has places in a buffer of its own
 SLOT = "decode_place"
@@ -28,10 +29,10 @@ class Place:
 
     def weight(self, module: Any) -> PackedWeight | Declined:
         """The layer's present weight; it is read again only when it is another."""
-        parameter, state, pointer = self.read
+        parameter, state, storage = self.read
         weight = module.weight
-        if weight is not parameter or weight.quant_state is not state or weight.data_ptr() != pointer:
-            self.read, self.packed = (weight, weight.quant_state, weight.data_ptr()), packed_of(module)
+        if weight is not parameter or weight.quant_state is not state or storage_key(weight) != storage:
+            self.read, self.packed = (weight, weight.quant_state, storage_key(weight)), packed_of(module)
         if isinstance(self.packed, str):
             return Declined(self.packed)
         return PackedWeight(self.packed, self.buffer, self.offset, module.compute_dtype)
@@ -47,10 +48,11 @@ class PlacesSwitch:
     kind = "decode"
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [module for _, module in linears_4bit(model)]
+        self.model = model
+        self.flags: list[bool | None] = []
         members: dict[int, list[Any]] = {}
         inside = {id(part): index for index, layer in enumerate(layers_of(model)) for part in layer.modules()}
-        for index, module in enumerate(self.layers):
+        for index, (_, module) in enumerate(linears_4bit(model)):
             # a weight outside the decoder layers is alone in the buffer
             members.setdefault(inside.get(id(module), -1 - index), []).append(module)
         self.offsets: list[tuple[nn.Module, int]] = []
@@ -68,14 +70,18 @@ class PlacesSwitch:
         return f"{len(self.offsets)} weights, decoded into one buffer of {values}, the largest decoder layer"
 
     def on(self) -> None:
-        """Set the places."""
+        """Set the places, and keep the layers off the repacking that has no gradients."""
+        self.flags = [getattr(module, REPACKS, None) for module, _ in self.offsets]
         for module, offset in self.offsets:
             object.__setattr__(module, SLOT, Place(self.buffer, offset))
+        guard_gradients(self.model)
 
     def off(self) -> None:
-        """Remove them, and the buffer's memory."""
-        for module, _ in self.offsets:
+        """Take everything back, and the buffer's memory."""
+        for (module, _), flag in zip(self.offsets, self.flags, strict=True):
             module.__dict__.pop(SLOT, None)
+            if flag is not None:
+                setattr(module, REPACKS, flag)
         self.buffer.rooms.clear()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pronghorn.patching.forwards import InstanceForward, install, remove
 
+REPLACEABLE = ("norm", "attention", "qkv", "o", "linear", "mlp", "experts", "loss")
 KINDS = ("norm", "rope", "attention", "qkv", "o", "linear", "mlp", "experts", "loss", "recompute")
 
 
@@ -29,7 +30,7 @@ class Part:
 class Choice:
     """What ``accelerate`` was asked for, to be asked again when adapters are attached."""
 
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = REPLACEABLE
     mlp_tile_tokens: int | None = None
     recompute: str | None = None
     activation_bytes: int | None = None

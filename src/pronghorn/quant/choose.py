@@ -39,12 +39,13 @@ class Choice:
         return skip_patterns(self.left, self.files)
 
 
-def choose(model: Any, stored: Collection[str]) -> Choice:
+def choose(model: Any, stored: Collection[str], *, block: int = BLOCK) -> Choice:
     """Decide for every linear module of a model (on the meta device, or loaded in 16-bit).
 
     Args:
         model: a transformers causal language model.
         stored: names of the tensors in its files.
+        block: what a width must be a multiple of; 1 for 8-bit, which has a scale for each row.
     """
     head = model.get_output_embeddings()
     float32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -54,7 +55,7 @@ def choose(model: Any, stored: Collection[str]) -> Choice:
         if type(module) is not torch.nn.Linear:
             continue
         reason, found = _reason(name, module is head, float32), keymap.find(f"{name}.weight", stored)
-        if reason is None and module.in_features % BLOCK:
+        if reason is None and module.in_features % block:
             reason = WIDTH
         if reason is None and found is None:
             reason = ELSEWHERE

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from pronghorn.errors import MissingDependencyError
-from pronghorn.ops.packed import NESTED_BLOCK, Packed, Scales
+from pronghorn.ops.graph import is_fake
+from pronghorn.ops.packed import BLOCK, NESTED_BLOCK, Packed, Scales, decode
 
 # bitsandbytes tells here, at import, that an optional kernel of its own is not installed
 _NOISY_LOGGER = "bitsandbytes.backends.cpu.ops"
+# the attribute of a 4-bit layer that lets an evaluation repack its weight on some CPUs
+REPACKS = "support_avx512bf16_for_cpu"
 
 
 def bitsandbytes() -> ModuleType:
@@ -43,11 +46,24 @@ def bitsandbytes() -> ModuleType:
 
 
 def is_linear_4bit(module: Any) -> bool:
-    """Whether a module is bitsandbytes' own 4-bit linear layer (not PEFT's wrapper of the same name)."""
-    return any(
-        one.__name__ == "Linear4bit" and one.__module__.startswith("bitsandbytes.")
-        for one in type(module).__mro__
-    )
+    """Whether a module is bitsandbytes' 4-bit linear layer, or a linear that holds its weight as that does.
+
+    PEFT's wrapper of the same name is not.
+    """
+    held = isinstance(module, torch.nn.Linear) and hasattr(module._parameters.get("weight"), "quant_state")
+    return held or _is(module, "Linear4bit")
+
+
+def _is(module: Any, name: str) -> bool:
+    mro = type(module).__mro__
+    return any(one.__name__ == name and one.__module__.startswith("bitsandbytes.") for one in mro)
+
+
+def linears_8bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every 8-bit linear layer of bitsandbytes in a model, by name."""
+    for name, module in model.named_modules():
+        if _is(module, "Linear8bitLt"):
+            yield name, module
 
 
 def linears_4bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -55,6 +71,14 @@ def linears_4bit(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if is_linear_4bit(module):
             yield name, module
+
+
+def values(model: torch.nn.Module) -> int:
+    """Numbers a model holds, a 4-bit weight counted as what it decodes to and a shared one once."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for _, module in linears_4bit(model):
+        count += module.in_features * module.out_features - module.weight.numel()
+    return count
 
 
 def guard_gradients(model: torch.nn.Module) -> int:
@@ -65,7 +89,8 @@ def guard_gradients(model: torch.nn.Module) -> int:
     """
     count = 0
     for _, module in linears_4bit(model):
-        module.support_avx512bf16_for_cpu = False
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
         count += 1
     return count
 
@@ -87,13 +112,14 @@ def packed_of(module: Any) -> Packed | str:
     scales = Scales(
         state.absmax,
         None if nested is None else nested.absmax,
-        float(state.offset) if nested is not None else 0.0,
+        0.0 if nested is None or is_fake(state.offset) else float(state.offset),
         state.blocksize,
         NESTED_BLOCK if nested is None else nested.blocksize,
         None if nested is None else nested.code,
     )
     # shares memory and version counter with the parameter
-    codes = weight.detach().as_subclass(torch.Tensor)
+    codes = weight.detach()
+    codes = codes if is_fake(codes) else codes.as_subclass(torch.Tensor)
     return Packed(codes, scales, tuple(state.shape), state.dtype)
 
 
@@ -111,8 +137,9 @@ def as_plain(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     for name, module in found:
         rows, width = module.weight.quant_state.shape
         plain = torch.nn.Linear(width, rows, bias=False, device="meta")
-        decoded = decode_weight(module.weight).to(dtype)
-        plain.weight = torch.nn.Parameter(decoded, requires_grad=False)
+        packed = packed_of(module)
+        decoded = decode_weight(module.weight) if isinstance(packed, str) else decode(packed)
+        plain.weight = torch.nn.Parameter(decoded.to(dtype), requires_grad=False)
         plain.bias = module.bias
         _put(model, name, plain.train(module.training))
     try:
@@ -141,3 +168,48 @@ def state_tensors(module: Any) -> Iterator[torch.Tensor]:
             yield from (tensor for tensor in (one.absmax, one.code) if isinstance(tensor, torch.Tensor))
     if isinstance(state.offset, torch.Tensor):
         yield state.offset
+
+
+def blank_linear_4bit(linear: torch.nn.Linear, dtype: torch.dtype) -> Any:
+    """The 4-bit layer that ``linear`` (on the meta device) becomes when its weight is quantised to NF4."""
+    layer = bitsandbytes().nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def blank_packed(blank: Any) -> torch.nn.Parameter:
+    """The packed weight of a ``blank_linear_4bit`` with its quantisation state, all of it empty."""
+    blocks = -(-blank.numel() // BLOCK)
+    state = bitsandbytes().functional.QuantState
+    nested = state(
+        absmax=torch.empty(-(-blocks // NESTED_BLOCK)),
+        blocksize=NESTED_BLOCK,
+        code=torch.empty(256),
+        dtype=torch.float32,
+    )
+    data = torch.empty(((blank.numel() + 1) // 2, 1), dtype=torch.uint8)
+    packed: Any = torch.nn.Parameter(data, requires_grad=False)
+    packed.quant_state = state(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=torch.Size(blank.shape),
+        code=torch.empty(16),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=blank.dtype,
+        offset=torch.empty(()),
+        state2=nested,
+    )
+    for name in ("compress_statistics", "quant_type", "quant_storage", "blocksize"):
+        setattr(packed, name, getattr(blank, name, None))
+    found: torch.nn.Parameter = packed
+    return found

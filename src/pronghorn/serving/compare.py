@@ -21,7 +21,8 @@ import torch
 from pronghorn.adapters.origin import base_of, origin_of
 from pronghorn.data.options import DataOptions
 from pronghorn.data.prepare import prepare
-from pronghorn.errors import DataError
+from pronghorn.errors import DataError, PronghornError
+from pronghorn.export.report import ExportReport
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.report import LoadReport
@@ -189,6 +190,22 @@ def _scores(model: Any, ids: list[int], labels: list[int]) -> tuple[torch.Tensor
     return logits.float().log_softmax(-1).cpu().contiguous(), targets[places]
 
 
+def drift(report: ExportReport, onto: str, rows: str | Path | None = None) -> tuple[Measured, ...]:
+    """How far what an export wrote is from the trained model; see ``compare`` for rows and errors."""
+    base = report.trained_on or report.base
+    return compare(drift_candidates(report.adapter, base, report.folder, onto), rows)
+
+
+def drift_line(report: ExportReport, onto: str, rows: str | Path) -> str:
+    """:func:`drift` in a line of text; what cannot be measured is said."""
+    try:
+        measured = drift(report, onto, rows)
+    except PronghornError as error:
+        return f"drift from the trained model was not measured: {error}"
+    told = (f"{one.name}: KL {one.kl:.3g}, top-1 {one.agreement:.2%}" for one in measured[1:])
+    return f"drift from the trained model on {measured[0].tokens} tokens: {'; '.join(told)}"
+
+
 def drift_candidates(adapter: str | Path, base: Path, merged: Path, onto: str) -> list[Candidate]:
     """What a merge is held against: the trained model, what was written, the other choice if there is one.
 
@@ -196,7 +213,7 @@ def drift_candidates(adapter: str | Path, base: Path, merged: Path, onto: str) -
     would, but for rounding.
     """
     found = [
-        Candidate("trained: 4-bit base + adapter", adapter, LoadOptions(base=base)),
+        Candidate("trained: quantised base + adapter", adapter, LoadOptions(base=base)),
         Candidate(f"merged onto {onto}", merged),
     ]
     if onto == "decoded" and quantization_of(read_json(base / BASE_CONFIG)) is None:

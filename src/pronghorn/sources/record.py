@@ -21,7 +21,7 @@ class AdapterRecord:
     the hub commit (None for local folders), ``base_fingerprint`` a content fingerprint ("ph1:..."); ``tied``
     is "keep" or "untie" where tied embeddings were trained; ``trainable`` are the trained tensors by their
     names in the PEFT model; ``vocab_rows`` is the number of embedding rows where the vocabulary was resized.
-    ``quantization`` is "nf4" where the base was held in 4-bit; ``quantised`` are then the tensors of its
+    ``quantization`` is "nf4" or "int8" where the base was held so; ``quantised`` are then the tensors of its
     files that were, and ``quantised_dtype`` ("bfloat16", ...) is what they decoded to.
     ``tokenizer_changes`` says in words what the tokenizer's files hold that those of the base do not.
     """
@@ -86,7 +86,7 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
         named = raw.get(key, [])
         if not isinstance(named, list) or not all(isinstance(value, str) for value in named):
             raise _broken(path, f"{key} is not a list of texts")
-    if raw.get("quantization") not in (None, "nf4"):
+    if raw.get("quantization") not in (None, "nf4", "int8"):
         raise _broken(path, f"quantization is {raw['quantization']!r}, which this version does not know")
 
 

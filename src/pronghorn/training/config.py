@@ -47,9 +47,13 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="In what the base is held: auto takes the dtype of its files."
     )
-    quantization: Literal["nf4", "none"] | None = Field(
+    quantization: Literal["nf4", "int8", "none"] | None = Field(
         None,
-        description="nf4: hold the base in 4-bit; none: in 16-bit, or fail; empty: as its folder says.",
+        description="nf4: hold the base in 4-bit; int8: in 8-bit; none: in 16-bit, or fail; empty: as its "
+        "folder says.",
+    )
+    new_tokens: tuple[str, ...] | None = Field(
+        None, description="Tokens to add to tokenizer and model; their rows train with the adapter."
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped inside the model folder.")
 
@@ -95,6 +99,12 @@ class TrainingSection(Section):
         description="Compute activations again in backward: true for every layer (far less memory, about "
         "25 % more time), false for none, unsloth for every layer with its input in host memory, auto for "
         "as many layers as the free memory asks for.",
+    )
+
+    over_budget: Literal["refuse", "warn", "skip"] = Field(
+        "refuse",
+        description="What happens when the plan of the run needs more memory than there is: refuse to "
+        "train, warn and train, or skip the plan.",
     )
 
     @model_validator(mode="after")
@@ -211,6 +221,17 @@ def parse_config(values: Any, *, origin: str = "configuration") -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise explain(error, RunConfig, origin) from None
+
+
+def as_config(config: RunConfig | str | Path | dict[str, Any]) -> RunConfig:
+    """A configuration as it is given to public functions: ready, as a mapping, or the path of a run.yaml.
+
+    Raises:
+        ConfigError: as ``parse_config`` and ``load_config``.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -22,6 +22,7 @@ _FREE_KEYS = (
     "data.cache",
     "eval.batch_size",
     "training.recompute",
+    "training.over_budget",
 )
 # content that may have changed although run.yaml says the same
 _CONTENT_KEYS = ("base.fingerprint", "data.data_hash", "data.template_hash", "data.packing", "trainable")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.adapters.attach import attach_lora
+from pronghorn.adapters.new_tokens import add_new_tokens
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.data.prepare import prepare
@@ -76,6 +77,8 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     narrator.say(f"loading {source.name}")
     with no_bars():
         model, tokenizer = load(source, options, say=narrator.say)
+    if wanted.new_tokens is not None:
+        add_new_tokens(model, tokenizer, wanted.new_tokens, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
     prepared = prepare(config.data, tokenizer, tokenizer.model_max_length)  # load() set it to what was asked

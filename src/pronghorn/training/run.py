@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ from pronghorn.errors import (
     RunConflictError,
 )
 from pronghorn.training.checkpoint import Checkpoint, list_checkpoints, newest_valid, rotate
-from pronghorn.training.config import RunConfig, load_config, parse_config, with_lora_defaults
+from pronghorn.training.config import RunConfig, as_config, with_lora_defaults
 from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_failed
 from pronghorn.training.folder import RunFolder, write_json, write_whole
 from pronghorn.training.lock import RunLock
@@ -37,6 +37,9 @@ from pronghorn.training.metrics import MetricsLog, read_metrics
 from pronghorn.training.progress import Narrator
 from pronghorn.training.signals import StopSignals
 from pronghorn.training.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from pronghorn.training.meter import Meter
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def train(
         Preempted: a signal stopped the run, its state is sealed; calling again goes on.
         TrainingError: a checkpoint could not be written or restored.
     """
-    config = _as_config(config)
+    config = as_config(config)
     folder = RunFolder(config.output.folder.expanduser().absolute())
     narrator = Narrator(quiet=config.logging.progress == "none")
     folder.create()
@@ -86,12 +89,6 @@ def train(
             return _result(folder, was_finished=True)
         folder.clean()
         return _run(config, folder, narrator, stop, callbacks)
-
-
-def _as_config(config: RunConfig | str | Path | dict[str, Any]) -> RunConfig:
-    if isinstance(config, RunConfig):
-        return config
-    return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def _settled(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -145,6 +142,7 @@ def _run(
 ) -> RunResult:
     check_trackers(config.logging.report_to)
     write_whole(folder.config, config.to_yaml())
+    meter = _planned(config, narrator)
     set_seed(config.seed)
     try:
         material = gather(config, narrator)
@@ -161,14 +159,41 @@ def _run(
         if changed:
             narrator.say(f"libraries changed since the run began: {', '.join(changed)}")
     if start is None or not folder.manifest.exists():
-        write_json(folder.manifest, material.manifest)
+        planned = {} if meter is None else {"plan": meter.plan.as_dict()}
+        write_json(folder.manifest, {**material.manifest, **planned})
     MetricsLog(folder.metrics).continue_after(-1 if start is None else start.step)
-    _loop(config, folder, narrator, stop, material, start, callbacks)
+    _loop(config, folder, narrator, stop, material, start, callbacks, meter)
     material.save(folder.adapter)
     folder.clean()
     folder.scratch.rmdir()
     narrator.say(f"adapter written to {folder.adapter}")
     return _result(folder, resumed_from=start.step if start else None)
+
+
+def _planned(config: RunConfig, narrator: Narrator) -> Meter | None:
+    """Plan the run before anything is loaded, and refuse it if it does not fit; None where that is skipped.
+
+    Raises:
+        OutOfMemoryError: the run does not fit, and ``training.over_budget`` is "refuse".
+        MissingDependencyError: trl is not installed.
+    """
+    if config.training.over_budget == "skip":
+        return None
+    try:
+        from pronghorn.training.meter import Meter
+        from pronghorn.training.plan import Planner, detect, require_fit
+    except ImportError as error:
+        raise MissingDependencyError(f"training needs trl: {error}", fix="pip install trl") from error
+    try:
+        planner = Planner(config, detect())
+    except NotSupportedError as error:  # what cannot be loaded either says so again when it is
+        narrator.say(f"memory is not predicted: {error.message}")
+        return None
+    made = planner.brief()
+    narrator.say(str(made))
+    if config.training.over_budget == "refuse":
+        require_fit(made)
+    return Meter(planner, made)
 
 
 def _loop(
@@ -179,6 +204,7 @@ def _loop(
     material: Material,
     start: Checkpoint | None,
     callbacks: Sequence[TrainerCallback],
+    meter: Meter | None,
 ) -> None:
     try:
         from pronghorn.training.loop import Loop
@@ -187,7 +213,7 @@ def _loop(
     loop: Loop | None = None
     try:
         loop = Loop(config, folder, narrator, stop, material, callbacks)
-        loop.run(start)
+        loop.run(start, meter)
     except PronghornError:
         raise
     except Exception as error:
