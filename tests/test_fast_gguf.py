@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ def test_the_names_of_notebooks(
     trained: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = trained
-    report = model.save_pretrained_gguf(tmp_path / "one", tokenizer)
+    report = model.save_pretrained_gguf(
+        tmp_path / "one", tokenizer, quantization_method=["not_quantized", "fast_quantized"]
+    )
     assert report.verified
-    assert "gguf-q8_0 on" in capsys.readouterr().out
-    assert names(tmp_path / "one") == {"model-Q8_0.gguf", "Modelfile"}
-    model.save_pretrained_gguf(
-        tmp_path / "one", tokenizer, quantization_method=["not_quantized", "fast_quantized"], overwrite=True
+    assert "gguf-bf16,q8_0 on" in capsys.readouterr().out
+    assert (
+        inspect.signature(model.save_pretrained_gguf).parameters["quantization_method"].default
+        == "fast_quantized"
     )
     assert names(tmp_path / "one") == {"model-BF16.gguf", "model-Q8_0.gguf", "Modelfile"}
     assert hasattr(model, "peft_config")  # the live model stays as it is
@@ -52,7 +55,8 @@ def test_the_names_of_notebooks(
 
 def test_the_trained_weights_are_in_the_file(trained: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = trained
-    model.save_pretrained_gguf(tmp_path / "out", tokenizer, quantization_method="f32")
+    neutral = {"first_conversion": None, "push_to_hub": False, "token": None, "imatrix_file": None}
+    model.save_pretrained_gguf(tmp_path / "out", tokenizer, "f32", **neutral)
     read = {one.name: one for one in GGUFReader(tmp_path / "out" / "model-F32.gguf").tensors}
     found = read["blk.0.ffn_up.weight"]
     values = dequantize(found.data, found.tensor_type).reshape(found.shape[::-1])
@@ -100,20 +104,6 @@ def test_what_is_not_done_is_said(
     with pytest.raises(kind, match=said):
         trained[0].save_pretrained_gguf(tmp_path / "x", trained[1], **arguments)
     assert not (tmp_path / "x").exists()
-
-
-def test_neutral_keywords_are_accepted(trained: tuple[Any, Any], tmp_path: Path) -> None:
-    model, tokenizer = trained
-    model.save_pretrained_gguf(
-        tmp_path / "x",
-        tokenizer,
-        "f16",
-        first_conversion=None,
-        push_to_hub=False,
-        token=None,
-        imatrix_file=None,
-    )
-    assert "model-F16.gguf" in names(tmp_path / "x")
 
 
 def test_without_an_adapter(tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def test_formats_are_checked_first() -> None:
         export("nowhere", "nowhere", format="16bit")
     assert (
         caught.value.fix
-        == "choose one of merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, adapter, lora"
+        == "choose one of merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, adapter, lora, "
+        "gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_k_m, gguf-lora"
     )
 
 
