@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -71,13 +72,16 @@ class _Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._started):
+            process.kill()
+        self._pool.shutdown()
         for process in self._started:
             process.kill()
-        self._pool.shutdown(cancel_futures=True)
-        for process in self._started:
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
+                assert pipe is not None
+                with suppress(BrokenPipeError):  # it ended with something unread
                     pipe.close()
 
     def done(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -117,7 +121,8 @@ class _Crew:
                 f"{chunk.name}",
                 fix="see the lines above; data.workers=0 works in this process, in less memory",
             ) from error
-        self._idle.put(process)
+        finally:
+            self._idle.put(process)  # one that ended fails the next chunk too
         if answer is not None:
             raise DataError(answer[0], fix=answer[1])
 
