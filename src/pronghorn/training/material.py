@@ -17,6 +17,7 @@ from pronghorn.loading.strict import no_bars
 from pronghorn.patching.accelerate import RECOMPUTE_MODES, accelerate
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
+from pronghorn.training import ranks
 from pronghorn.training.config import RunConfig, with_lora_defaults
 from pronghorn.training.isolation import require_isolation
 from pronghorn.training.manifest import run_versions, trainable_tensors
@@ -76,11 +77,14 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
         model, tokenizer = load(source, options, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
-    prepared = prepare(config.data, tokenizer, tokenizer.model_max_length)  # load() set it to what was asked
+    with ranks.first_alone():  # load() set the tokenizer's limit to what was asked
+        prepared = prepare(config.data, tokenizer, tokenizer.model_max_length, say=narrator.say)
     narrator.show(prepared.report)
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
     manifest = _manifest(config, model, prepared.report)
+    if ranks.count() > 1:
+        manifest["processes"] = ranks.count()
     if config.training.accelerate:
         acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
         narrator.say(str(acceleration))
