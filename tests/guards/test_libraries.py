@@ -48,9 +48,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "rich": ("cli.tables", "data.inspect", "data.report", "training.progress"),
     "pydantic": ("data.options", "training.config", "training.config_errors"),
     "yaml": ("training.config", "training.run"),
-    "numpy": ("export.merged",),
+    "numpy": ("data.checks", "data.store", "data.tally", "export.merged"),
     "tokenizers": ("data.isolated",),
-    "jinja2": ("export.verify_tokens",),
+    "jinja2": ("data.opaque", "export.verify_tokens"),
     "bitsandbytes": ("quant.library",),
     "triton": ("ops.triton.",),
 }

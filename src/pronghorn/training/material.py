@@ -11,6 +11,7 @@ from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.data.prepare import prepare
 from pronghorn.data.templates import choose_template
+from pronghorn.errors import MissingDependencyError, NotSupportedError
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import no_bars
@@ -82,6 +83,7 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     narrator.show(prepared.report)
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
+    use_attention(model, config.training.attention)
     manifest = _manifest(config, model, prepared.report)
     if ranks.count() > 1:
         manifest["processes"] = ranks.count()
@@ -93,6 +95,27 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
         return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
     narrator.say(f"packing: {require_isolation(model)}")
     return Material(model, tokenizer, prepared.bins, prepared.eval, manifest)
+
+
+def use_attention(model: Any, name: str) -> None:
+    """Have transformers compute attention in another way.
+
+    Raises:
+        MissingDependencyError: its library is not installed.
+        NotSupportedError: the model does not have it.
+    """
+    if name == "auto":
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    off = "set training.attention=auto"
+    try:
+        base.set_attn_implementation(name)
+    except ImportError as error:
+        raise MissingDependencyError(f"training.attention is {name}: {error}", fix=off) from error
+    except ValueError as error:
+        raise NotSupportedError(f"training.attention is {name}: {error}", fix=off) from error
+    if base.config.get_text_config()._attn_implementation != name:
+        raise NotSupportedError(f"training.attention is {name}, which {type(base).__name__} does not take", fix=off)
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pronghorn.errors import NonFiniteLossError
 from pronghorn.training import ranks
-from pronghorn.training.collate import TOKENS, RowCollator
+from pronghorn.training.collate import TOKENS, RowCollator, wants_varlen
 from pronghorn.training.config import RunConfig
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
@@ -142,7 +142,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             super().__init__(
                 model=model,
                 args=arguments,
-                data_collator=RowCollator(pad or 0),
+                data_collator=RowCollator(pad or 0, wants_varlen(model)),
                 train_dataset=rows,
                 eval_dataset=eval_rows,
                 processing_class=tokenizer,
