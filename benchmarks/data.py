@@ -2,8 +2,10 @@
 
     python -m benchmarks.data [ROWS ...]
 
-Words of the standard library, a byte-level BPE of 8000 tokens trained on them, ChatML, about 90 tokens a row. Wall
-time depends on what else the machine does, so the CPU time of all processes, the workers' start included, is given
+Words of the standard library, a byte-level BPE of 8000 tokens trained on them, ChatML, about 90 tokens a
+row. Wall
+time depends on what else the machine does, so the CPU time of all processes, the workers' start
+included, is given
 too; the floor is the tokenizer alone.
 """
 
@@ -98,7 +100,9 @@ def child(tokenizer_folder: str, path: str, workers: str, cache: str, packing: s
     report = prepare(options, tok, LIMIT).report
     wall, cpu = time.perf_counter() - wall, sum(os.times()[:4]) - cpu
     shutil.rmtree(cache)
-    mine, theirs = (resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    mine, theirs = (
+        resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     seen = {"seconds": wall, "cpu_seconds": cpu, "tokens": report.tokens}
     print(json.dumps({**seen, "peak_mib": mine, "peak_worker_mib": theirs}))
 

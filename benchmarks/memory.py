@@ -18,11 +18,10 @@ from typing import Any
 import peft
 import torch
 import transformers
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pronghorn.memory.counter import LiveStorages, storage_key
 from pronghorn.patching.accelerate import accelerate
 
 HIDDEN, INNER, HEADS, KV_HEADS = 4096, 14336, 32, 8
@@ -30,29 +29,6 @@ WEIGHTS = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * KV_HEADS // HEADS + 3 * HI
 
 # torch counts addmm but not its in-place form
 IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, *args, out_shape=None, **kwargs: 2 * a[0] * a[1] * b[1]}
-
-
-class LiveStorages(TorchDispatchMode):
-    """Remembers every storage made inside the block; ``alive`` sums those that still exist."""
-
-    def __init__(self, ignore: set[int]) -> None:
-        super().__init__()
-        self.ignore = ignore
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                if storage.data_ptr() in self.ignore:
-                    continue
-                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def alive(self) -> int:
-        """Bytes of the storages that were made inside the block and still exist."""
-        return sum(size for ref, size in self.seen.values() if not ref.expired())
 
 
 def build(layers: int, *, adapters_in_float32: bool) -> Any:
@@ -91,15 +67,14 @@ def measure(layers: int, tokens: int, mode: str, adapters_in_float32: bool) -> d
     if "recompute" in mode:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(1))
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {storage_key(p) for p in model.parameters()}
     saved: dict[int, int] = {}
     kept = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-            kept.append(storage)
+        if storage_key(t) not in parameters:
+            saved[storage_key(t)] = t.untyped_storage().nbytes()
+            kept.append(t.untyped_storage())
         return t
 
     def count(hooks: bool) -> tuple[int, int, int]:

@@ -102,9 +102,8 @@ def measure_before(train: Rows, held_out: Rows) -> tuple[float, list[str]]:
     return before, [measure.answer(model, tokenizer, row) for row in held_out[:SHOWN]]
 
 
-def write_config() -> None:
-    """Write run.yaml and show it."""
-    heading("3. The run: LoRA on every linear layer, the base stays as it is")
+def run_config() -> dict[str, Any]:
+    """The run.yaml of the demo."""
     config: dict[str, Any] = {
         "model": {"name": shown(DEMO / "base"), "max_seq_length": 128, "dtype": "float32"},
         "data": {"train": shown(TRAIN), "eval": shown(HELD_OUT)},
@@ -116,7 +115,13 @@ def write_config() -> None:
         "output": {"folder": shown(RUN)},
     }
     config["training"]["recompute"] = False  # the activations of so small a model fit anywhere
-    CONFIG.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def write_config() -> None:
+    """Write run.yaml and show it."""
+    heading("3. The run: LoRA on every linear layer, the base stays as it is")
+    CONFIG.write_text(yaml.safe_dump(run_config(), sort_keys=False), encoding="utf-8")
     say(f"{shown(CONFIG)}:")
     console.print(escape(CONFIG.read_text(encoding="utf-8").rstrip()), style="dim")
 

@@ -171,7 +171,8 @@ def _kernel_ops(sizes: Sizes, randn: Callable[..., Tensor], device: str) -> Iter
         count = sizes.hidden * i
         codes = torch.randint(0, 255, (count // 2,), dtype=torch.uint8, device=device)
         scales = torch.rand(count // block, device=device)
-        return codes, scales, torch.rand(16, device=device), block, torch.bfloat16
+        out = torch.empty(count, dtype=torch.bfloat16, device=device)
+        return codes, scales, torch.rand(16, device=device), block, out
 
     def tile() -> tuple[Tensor, Tensor]:
         return randn(rows, v), torch.randint(0, v, (rows,), device=device)

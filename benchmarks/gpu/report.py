@@ -36,7 +36,7 @@ def _facts(result: dict[str, Any]) -> str:
 def _steps(rows: list[tuple[Cell, dict[str, Any]]], ceilings: dict[str, float]) -> list[str]:
     lines = [
         "| contender | model | batch | tokens/s | step (min to max), ms | useful share of rate | peak GiB "
-        "| first loss | grad norm | |",
+        "(tensors, predicted) | first loss | grad norm | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, row in rows:
@@ -47,6 +47,9 @@ def _steps(rows: list[tuple[Cell, dict[str, Any]]], ceilings: dict[str, float]) 
         times = f"{row['step_s'] * 1e3:.1f} ({row['step_s_min'] * 1e3:.1f} to {row['step_s_max'] * 1e3:.1f})"
         share = row["useful_tflops"] / ceilings["matrix_tflops"]
         peak = f"{row['peak_reserved_gib']:.2f}" if "peak_reserved_gib" in row else ""
+        if "predicted_peak_gib" in row:
+            measured = f"{row['peak_allocated_gib']:.2f}" if "peak_allocated_gib" in row else "not measured"
+            peak += f" ({measured}, {row['predicted_peak_gib']:.2f})"
         verdict = row["status"] + (f": {row['why']}" if row["why"] else "")
         lines.append(
             f"{head} {row['tokens_per_s']:,.0f} | {times} | {share:.1%} | {peak} | "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import contenders
+from benchmarks.gpu import contenders, predict
 from benchmarks.gpu.cells import CONTENDERS, OURS, Cell
 from benchmarks.gpu.shapes import BATCHES, SHAPES
 
@@ -86,7 +86,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         row["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["gpu"] = torch.cuda.get_device_name()
-    return row
+    return row | predict.row_of(cell)
 
 
 Measured = tuple[list[float], list[float], list[float], float]

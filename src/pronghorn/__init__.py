@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pronghorn.adapters.attach import attach_lora as attach_lora
+    from pronghorn.adapters.new_tokens import add_new_tokens as add_new_tokens
     from pronghorn.adapters.options import LoraOptions as LoraOptions
+    from pronghorn.data.for_trl import rows_for_trl as rows_for_trl
     from pronghorn.data.inspect import inspect_data as inspect_data
     from pronghorn.data.notebook import get_chat_template as get_chat_template
     from pronghorn.data.notebook import standardize_data_formats as standardize_data_formats
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pronghorn.loading.options import LoadOptions as LoadOptions
     from pronghorn.patching.accelerate import accelerate as accelerate
     from pronghorn.training.config import RunConfig as RunConfig
+    from pronghorn.training.plan import plan as plan
     from pronghorn.training.run import train as train
 
 __version__ = "0.1.0"
@@ -38,11 +41,14 @@ _HOMES = {
     "PronghornError": "pronghorn.errors",
     "RunConfig": "pronghorn.training.config",
     "accelerate": "pronghorn.patching.accelerate",
+    "add_new_tokens": "pronghorn.adapters.new_tokens",
     "attach_lora": "pronghorn.adapters.attach",
     "export": "pronghorn.export.run",
     "get_chat_template": "pronghorn.data.notebook",
     "inspect_data": "pronghorn.data.inspect",
     "load": "pronghorn.loading.load",
+    "plan": "pronghorn.training.plan",
+    "rows_for_trl": "pronghorn.data.for_trl",
     "standardize_data_formats": "pronghorn.data.notebook",
     "standardize_sharegpt": "pronghorn.data.notebook",
     "to_sharegpt": "pronghorn.data.notebook",
@@ -58,11 +64,14 @@ __all__ = [
     "PronghornError",
     "RunConfig",
     "accelerate",
+    "add_new_tokens",
     "attach_lora",
     "export",
     "get_chat_template",
     "inspect_data",
     "load",
+    "plan",
+    "rows_for_trl",
     "standardize_data_formats",
     "standardize_sharegpt",
     "to_sharegpt",

@@ -45,7 +45,7 @@ _LOAD_REFUSED: Mapping[str, _Refused] = MappingProxyType(
     {
         "fix_tokenizer": _Refused((None, False), "tokenizers are used as they are, never repaired"),
         "resize_model_vocab": _Refused((None,), "the vocabulary is not resized while loading",
-                                       "call model.resize_token_embeddings after loading"),
+                                       "call add_new_tokens after loading"),
         "use_exact_model_name": _Refused((None, True), "names are never exchanged for others here"),
         "offload_embedding": _Refused((None, False), "embeddings are not offloaded"),
         "float32_mixed_precision": _Refused((None,), "adapters always train in float32"),
@@ -81,12 +81,31 @@ _SAVE_REFUSED: Mapping[str, _Refused] = MappingProxyType(
         "variant": _Refused((None,), "the base's own file names are kept"),
     }
 )
+_GGUF_REFUSED: Mapping[str, _Refused] = MappingProxyType(
+    {
+        **{name: rule for name, rule in _SAVE_REFUSED.items() if name not in ("state_dict", "variant")},
+        "first_conversion": _Refused((None,), "the quantiser starts from the merged weights as they are"),
+        "imatrix_file": _Refused((None,), "no importance matrix is used"),
+        "private": _Refused((None,), "nothing is uploaded"),
+        "merge_is_disposable": _Refused((None, True), "the merge is always removed",
+                                        "call save_pretrained_merged to keep one"),
+    }
+)  # fmt: skip
+# names of Unsloth's that say a purpose instead of a kind; None is 16 bit in the model's own type
+_GGUF_PURPOSES: Mapping[str, str | None] = MappingProxyType(
+    {
+        "not_quantized": None,
+        "fast_quantized": "q8_0",
+        "quantized": "q4_k_m",
+        "q4_k": "q4_k_m",
+        "q5_k": "q5_k_m",
+    }
+)
 # names notebooks call on a model, and what to do instead
 _REFUSED_METHODS: Mapping[str, str] = MappingProxyType(
     {
         "push_to_hub_merged": "save_pretrained_merged(DIR), then `hf upload`",
-        "save_pretrained_gguf": "save_pretrained_merged(DIR), then llama.cpp's convert_hf_to_gguf.py DIR",
-        "push_to_hub_gguf": "save_pretrained_merged(DIR), then llama.cpp's convert_hf_to_gguf.py DIR",
+        "push_to_hub_gguf": "save_pretrained_gguf(DIR), then `hf upload`",
         "save_pretrained_torchao": "save_pretrained_merged(DIR), then torchao on that folder",
     }
 )
@@ -353,6 +372,7 @@ def _bind(model: Any) -> None:
     model.for_training = types.MethodType(FastLanguageModel.for_training, model)
     model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
+    model.save_pretrained_gguf = types.MethodType(_save_pretrained_gguf, model)
     model.save_lora = types.MethodType(_save_lora, model)
     for name, instead in _REFUSED_METHODS.items():
         setattr(model, name, types.MethodType(_refusing(name, instead), model))
@@ -391,12 +411,17 @@ def _save_pretrained_merged(
     if save_method not in FORMATS:
         message, fix = unknown_format(save_method)
         raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
+    if save_method == "lora" and hasattr(self, "peft_config"):
+        return save_adapter(self, save_directory, tokenizer=tokenizer)
+    return _export(self, save_directory, tokenizer, save_method, overwrite)
+
+
+def _export(self: Any, target: str | Path, tokenizer: Any, format_: Any, overwrite: bool) -> Any:
+    """Save the model's adapter for a moment and export it; prints and returns the report."""
     if not hasattr(self, "peft_config"):
         raise AdapterError(
             "the model has no adapter, so there is nothing to merge", fix="call get_peft_model first"
         )
-    if save_method == "lora":
-        return save_adapter(self, save_directory, tokenizer=tokenizer)
     origin = origin_of(self)
     if origin is None:
         raise AdapterError(
@@ -414,9 +439,56 @@ def _save_pretrained_merged(
 
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
-        report = export(adapter, save_directory, format=save_method, overwrite=overwrite)
+        report = export(adapter, target, format=format_, overwrite=overwrite)
     print(report)
     return report
+
+
+def _save_pretrained_gguf(
+    self: Any,
+    save_directory: str | Path,
+    tokenizer: Any = None,
+    quantization_method: str | Iterable[str] = "fast_quantized",
+    *,
+    save_method: str | None = None,
+    llama_python: str | Path | None = None,
+    overwrite: bool = False,
+    **other: Any,
+) -> Any:
+    """Write GGUF files for llama.cpp and Ollama, and a Modelfile, into ``save_directory``.
+
+    Args:
+        save_directory: the folder; files in it are called model-Q8_0.gguf and so on.
+        tokenizer: the one of training, which goes into the files.
+        quantization_method: one name or several: "f16", "bf16", "f32", "q8_0" (also "fast_quantized") are
+            written here; "q4_k_m" (also "quantized") and the like need llama-cpp-python. "not_quantized" is
+            16 bit in the model's own type.
+        save_method: "lora" writes the adapter alone, for llama.cpp's --lora.
+        llama_python: the interpreter that has llama_cpp, where it is not this one.
+        overwrite: replace the folder.
+        **other: other names of this kind are refused with the reason.
+
+    Raises:
+        NotSupportedError, MissingDependencyError, SourceError: what cannot be written, and why.
+        AdapterError, ExportError: as ``save_pretrained_merged``.
+    """
+    _refuse("save_pretrained_gguf", other, _GGUF_REFUSED, _save_pretrained_gguf)
+    if save_method not in (None, "lora"):
+        raise ConfigError(
+            f"save_method is {save_method!r}", fix='leave it out, or say "lora" for the adapter'
+        )
+    given = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
+    kinds = ["lora"] if save_method else [_gguf_kind(self, one) for one in given]
+    from pronghorn.export.onto import MergeFormat
+
+    python = Path(llama_python) if llama_python is not None else None
+    wanted = MergeFormat(f"gguf-{','.join(kinds)}", llama_python=python)
+    return _export(self, save_directory, tokenizer, wanted, overwrite)
+
+
+def _gguf_kind(model: Any, name: str) -> str:
+    kind = _GGUF_PURPOSES.get(name.lower(), name.lower())
+    return kind or ("f16" if str(model.config.dtype) == "torch.float16" else "bf16")
 
 
 def _save_lora(

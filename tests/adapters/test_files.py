@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pronghorn.adapters.files import choose_adapter, read_adapter
 from pronghorn.errors import AdapterError, NotSupportedError
 from tests import tiny
+from tests.stack import experts_are_stacked
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,10 @@ def test_everything_else_that_can_be_merged(base: Path, tmp_path: Path) -> None:
 def test_stacked_experts(family: str, tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base", family)
     pairs = {pair.parameter: pair for pair in read_adapter(tiny.write_adapter(tmp_path / "a", base)).pairs}
+    if not experts_are_stacked():
+        assert sum("layers.0." in name and ".experts.3." in name for name in pairs) == 3
+        assert not any(pair.stacked for pair in pairs.values())
+        return
     fused, down = (pairs[f"model.layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
     assert fused.stacked and down.stacked and not pairs["model.layers.0.mlp.gate.weight"].stacked
     assert (fused.rank, down.rank, fused.scaling, down.scaling) == (8, 4, 2.0, 2.0)

@@ -26,7 +26,8 @@ def pair(cache: FactorCache, rank: int, scaling: float, **options: Any) -> LoraP
 
 
 def whole(update: Update, cache: FactorCache, rows: int, columns: int) -> torch.Tensor:
-    return torch.cat([update.delta(cache, first, last, columns) for first, last in tiles(rows, columns)])
+    # a copy of each: the next call may use its memory again
+    return torch.cat([update.delta(cache, *tile, columns).clone() for tile in tiles(rows, columns)])
 
 
 SHAPES = [

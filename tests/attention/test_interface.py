@@ -70,7 +70,19 @@ def test_a_mask_does_not_repeat_keys_and_values() -> None:
         interface.attention_forward(Layer(), q, k, v, causal(True))
     with saved_storages(ignore=[q, k, v]) as stock:
         ALL_ATTENTION_FUNCTIONS["sdpa"](Layer(), q, k, v, causal(True))
-    assert sum(stock.values()) - sum(ours.values()) == 2 * q.numel() * 4
+    less = 2 * q.numel() * 4 if interface.groups_are_fused() else 0  # torch 2.8 has no kernel for groups
+    assert sum(stock.values()) - sum(ours.values()) == less
+
+
+def test_groups_without_a_mask_keep_no_scores() -> None:
+    q, k, v = (one.detach().requires_grad_() for one in qkv())
+    with saved_storages(ignore=[q, k, v]) as ours:
+        interface.attention_forward(Layer(), q, k, v, None)
+    with saved_storages(ignore=[q, k, v]) as stock:
+        ALL_ATTENTION_FUNCTIONS["sdpa"](Layer(), q, k, v, None)
+    scores = q.shape[0] * q.shape[1] * q.shape[2] ** 2 * 4
+    assert all(size < scores for size in ours.values())
+    assert interface.groups_are_fused() or sum(stock.values()) > sum(ours.values())
 
 
 def test_name_has_a_mask_function_and_changes_no_other() -> None:

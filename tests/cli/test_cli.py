@@ -57,6 +57,13 @@ def test_every_verb_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert verb in capsys.readouterr().out
 
 
+def test_a_fault_of_the_disk_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("verify", "a" * 300, monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err == f"error: File name too long: {'a' * 300}\n"
+
+
 def _tree(kind: type[errors.PronghornError]) -> list[type[errors.PronghornError]]:
     return [kind, *(one for child in kind.__subclasses__() for one in _tree(child))]
 

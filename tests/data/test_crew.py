@@ -84,9 +84,13 @@ def test_workers_change_nothing(rows: Writer, tmp_path: Path, monkeypatch: pytes
     assert len(files[0]) == 8 + 1 + 3  # shards of both parts; held_out, bins and report
 
 
-def test_a_killed_run_goes_on_where_it_was(rows: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_where_it_was(
+    rows: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, root = mixture(rows), tmp_path / "cache"
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(path), str(root)], cwd=Path(__file__).parents[2])
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path), str(root)], cwd=Path(__file__).parents[2]
+    )
     while child.poll() is None and len(list((root / "pronghorn").glob(".part-*/*.tally"))) < 3:
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
@@ -127,7 +131,9 @@ def test_interrupting_keeps_what_is_done_an_error_does_not(
         assert len(list(root.glob(".part-*/*.tally"))) == left
 
 
-def test_two_runs_at_once_do_not_share_a_folder(rows: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_at_once_do_not_share_a_folder(
+    rows: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, root = mixture(rows), tmp_path / "cache" / "pronghorn"
     first = run(path)
     (target,) = root.iterdir()
@@ -144,10 +150,12 @@ def test_two_runs_at_once_do_not_share_a_folder(rows: Writer, tmp_path: Path, mo
 def test_the_first_error_in_the_order_of_rows(rows: Writer) -> None:
     """Whoever is faster: the reader's own error lies behind that of a worker."""
     lines = "question,answer\n" + "a,b\n" * 40 + "\xff"
-    path = rows(*[ask(number) for number in range(10)], {"text": "other"}, *[ask(number) for number in range(30)])
+    path = rows(
+        *[ask(number) for number in range(10)], {"text": "other"}, *[ask(number) for number in range(30)]
+    )
     (path.parent / "late.csv").write_bytes(b"q,q\n" + lines.encode("latin-1"))
     for workers in (0, 1):
-        with pytest.raises(DataError, match="rows.jsonl:11 is text"):
+        with pytest.raises(DataError, match=r"rows\.jsonl:11 is text"):
             examine(
                 DataOptions(train=(str(path), str(path.parent / "late.csv")), isolate=False, workers=workers),
                 family_tokenizer("chatml"),

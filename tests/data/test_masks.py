@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from pronghorn.data.formats import Chat, Pair, RowError, Text
+from pronghorn.data.isolated import IsolatedTemplate
 from pronghorn.data.options import DataOptions
-from pronghorn.data.templates import choose_template, library
+from pronghorn.data.templates import ChatTemplate, Prefix, RenderError, choose_template, library
 from pronghorn.data.tokens import EncodedRow, Encoder
 from tests.data.families import CHAT, FAMILIES, family_tokenizer, tokenizer
 
@@ -164,6 +165,110 @@ def test_reasoning_the_template_leaves_out_is_flagged() -> None:
     messages = [CHAT[1], {"role": "assistant", "content": "Four.", "reasoning_content": "2 and 2"}]
     (row,) = encode(tok, chat(messages))
     assert row.flags == ("lost_text",)
+
+
+CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"city": "Oslo"}}}],
+    },
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "Rain."},
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_templates_of_the_library_refuse_tools_by_name(name: str) -> None:
+    """A call left out would train an empty answer, a result in an answer's place the tool's own words."""
+    tok = family_tokenizer(name)
+    reason = rf"the {name} template of pronghorn writes no tools"
+    assert reason in refusal(tok, chat(CALLS)).reason
+    assert reason in refusal(tok, Chat(CHAT, (None,) * len(CHAT), [{"name": "look"}])).reason
+    results = chat([CALLS[0], CHAT[2], *CALLS[2:]])
+    if name != "chatml":  # whose turns may have any role
+        assert reason in refusal(tok, results).reason
+        return
+    (row,) = encode(tok, results)
+    assert trained(tok, row) == "Four.<|im_end|>Rain.<|im_end|>"
+    assert "<|im_start|>tool\nrain<|im_end|>" in tok.decode(row.input_ids)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_thoughts_train_or_are_flagged(name: str) -> None:
+    tok = family_tokenizer(name)
+    apart = {"role": "assistant", "content": "Four.", "reasoning_content": "2 and 2"}
+    inline = {"role": "assistant", "content": "<think>2 and 2</think>Four."}
+    for answer in (apart, inline):
+        (row,) = encode(tok, chat([CHAT[1], answer]))
+        kept = "2 and 2" in trained(tok, row)
+        assert kept == ("lost_text" not in row.flags)
+        assert kept == (name == "qwen-3" or answer is inline)
+
+
+def test_calls_the_template_leaves_out_are_flagged() -> None:
+    template = (
+        "{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    (row,) = encode(tokenizer(FAMILIES["chatml"], template), chat(CALLS))
+    assert row.flags == ("lost_text",)
+
+
+def _marked() -> str:
+    """Qwen-3's template, which rewrites earlier answers, with its answers marked."""
+    text = str(family_tokenizer("qwen-3").chat_template)
+    plain = "{{ '<|im_start|>assistant\\n' ~ answer ~ '<|im_end|>\\n' }}"
+    assert plain in text
+    marked = (
+        "{{ '<|im_start|>assistant\\n' }}{% generation %}{{ answer ~ '<|im_end|>' }}{% endgeneration %}"
+        "{{ '\\n' }}"
+    )
+    return text.replace(plain, marked)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_marks_are_used_where_turns_are_rewritten(isolated: bool) -> None:
+    tok = tokenizer(FAMILIES["qwen-3"], _marked())
+    own = encoder(tok)
+    with IsolatedTemplate(ChatTemplate(tok, _marked(), "tokenizer", True)) as there:
+        if isolated:
+            own.template = there
+        (rows, last) = own.encode([chat(CHAT), chat(CHAT, (None, None, False, None, None))])
+    assert not isinstance(rows, RowError) and not isinstance(last, RowError)
+    assert trained(tok, rows[0]) == "Four.<|im_end|><think>\n\n</think>\n\nFive.<|im_end|>"
+    assert rows[0].flags == ("marks",)
+    assert rows[0].input_ids == tok.apply_chat_template(CHAT, return_dict=False)
+    assert trained(tok, last[0]) == "<think>\n\n</think>\n\nFive.<|im_end|>"
+    # as transformers itself reads them
+    given = tok.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    assert [label != -100 for label in rows[0].labels] == [bool(one) for one in given["assistant_masks"]]
+
+
+def test_marks_change_nothing_where_no_turn_is_rewritten() -> None:
+    tok = tokenizer(FAMILIES["qwen-3"], _marked())
+    (row,) = encode(tok, chat(CHAT[:3]))
+    assert row.flags == ()
+    assert trained(tok, row) == "<think>\n\n</think>\n\nFour.<|im_end|>"
+    assert len(encode(tok, chat(CHAT), rewritten="split")) == 2
+
+
+def test_marks_that_name_no_message_are_no_help() -> None:
+    tok = tokenizer(FAMILIES["qwen-3"], _marked())
+    error = refusal(tok, chat(CHAT, (None, True, None, None, None)))  # a question that trains has no mark
+    assert "writes this message differently" in error.reason
+    twice = _marked().replace("{{ answer ~", "{{ '' }}{% endgeneration %}{% generation %}{{ answer ~")
+    assert (
+        "writes this message differently" in refusal(tokenizer(FAMILIES["qwen-3"], twice), chat(CHAT)).reason
+    )
+
+
+def test_template_that_raises_on_marks_names_its_row() -> None:
+    broken = "{%- if messages | length == 5 and messages[4].role == 'x' %}{% endif %}" + _marked()
+    marked = ChatTemplate(tokenizer(FAMILIES["qwen-3"], broken), "{{ raise_exception('no') }}", "x", False)
+    found = marked.marked(Prefix(CHAT, 5))
+    assert isinstance(found, RenderError) and "TemplateError: no" in found.reason
 
 
 def test_opening_that_serving_extends() -> None:

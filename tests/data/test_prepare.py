@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pronghorn.data.checks import ROW_CHECKS
+from pronghorn.data.checks import PREFERENCE_CHECKS, ROW_CHECKS
 from pronghorn.data.isolated import IsolatedTemplate
 from pronghorn.data.options import STOPPING_CHECKS, DataOptions
 from pronghorn.data.prepare import Prepared, examine, prepare
@@ -143,7 +143,8 @@ def test_system_option(rows: Writer) -> None:
 
 
 def test_names_of_stopping_checks() -> None:
-    assert {name for name, (stops, _) in ROW_CHECKS.items() if stops} == set(STOPPING_CHECKS)
+    checks = {**ROW_CHECKS, **PREFERENCE_CHECKS}
+    assert {name for name, (stops, _) in checks.items() if stops} == set(STOPPING_CHECKS)
     with pytest.raises(ValueError, match="no check that stops a run"):
         DataOptions(train="x", allow=("duplicates",))
 
@@ -195,6 +196,19 @@ def test_checks_that_warn(rows: Writer) -> None:
         "date": (),
     }
     assert "special_text: conversations whose text spells special tokens" in shown(report)
+
+
+def test_plain_prompts_are_told_from_conversations(rows: Writer) -> None:
+    """Text trains without the template, messages with it; as in TRL."""
+    plain, chat = rows({"prompt": "q1", "completion": "yes"}), ask(1)["messages"]
+    report = run(plain).report
+    (check,) = report.failed(stops=False)
+    assert check.name == "plain_text" and report.template is None
+    assert "plain_text: the rows are plain text, which trains without the chat template" in shown(report)
+    messages = rows({"prompt": chat[:1], "completion": chat[1:]}, name="chat.jsonl")
+    assert run(messages).report.failed(stops=False) == ()
+    untemplated = tokenizer(FAMILIES["chatml"], None)
+    assert prepare(DataOptions(train=str(plain)), untemplated, 100).report.failed(stops=False) == ()
 
 
 def test_isolated_template_renders_alike(rows: Writer) -> None:

@@ -1,4 +1,5 @@
-"""Conversations filled in from their shape: exactly what rendering each of them gives, or not filled in at all."""
+"""Conversations filled in from their shape: exactly what rendering each of them gives, or not filled in
+at all."""
 
 from __future__ import annotations
 
@@ -20,8 +21,35 @@ from tests.data.families import FAMILIES, Family, family_tokenizer, tokenizer
 
 SHIPPED = sorted(Path(trl.__file__).parent.rglob("*.jinja"))
 PIECES = [
-    *("a", "Four.", "x y", "é 漢字 🎉", "100 %s %d %", "\n", " ", "\t", "\xa0", "\n\n### Response:\n", "{{ x }}"),
-    *("<", ">", "<|", "|>", "[", "]", "<think>", "</think>", "</thi", "nk>", "user", "assistant", "\\n", "\0"),
+    *(
+        "a",
+        "Four.",
+        "x y",
+        "é 漢字 🎉",
+        "100 %s %d %",
+        "\n",
+        " ",
+        "\t",
+        "\xa0",
+        "\n\n### Response:\n",
+        "{{ x }}",
+    ),
+    *(
+        "<",
+        ">",
+        "<|",
+        "|>",
+        "[",
+        "]",
+        "<think>",
+        "</think>",
+        "</thi",
+        "nk>",
+        "user",
+        "assistant",
+        "\\n",
+        "\0",
+    ),
     *("<tool_response>", "</tool_response>", "<|channel|>final<|message|>", "start", "end", "s", "eot_id"),
 ]
 TOOL = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}}
@@ -41,7 +69,9 @@ class Counting:
 
 
 def text(chosen: random.Random, special: list[str]) -> str:
-    plain = "".join(chosen.choices(["Some words", " and", " more,\n\n", " 5 %", ".", "é"], k=chosen.randint(1, 6))).strip()
+    plain = "".join(
+        chosen.choices(["Some words", " and", " more,\n\n", " 5 %", ".", "é"], k=chosen.randint(1, 6))
+    ).strip()
     odd = "".join(chosen.choices([*PIECES, *special], k=chosen.randint(1, 4)))
     return plain if chosen.random() < 0.75 else odd
 
@@ -126,7 +156,7 @@ def test_a_proven_template_renders_once_for_each_shape() -> None:
         ("{{ message.content.lstrip('\\n') }}", Conditions(ends={"\n"})),
         ("{% if '</think>' in message.content %}x{% endif %}", Conditions({"</think>"})),
         ("{{ message.content.split('#')[-1] }}", Conditions({"#"})),
-        ("{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0] }}{% endif %}", Conditions()),
+        ("{% if message.content is string %}x{% else %}{{ message.content[0] }}{% endif %}", Conditions()),
         ("{% if message.role == 'tool' %}{{ message.content | tojson }}{% endif %}", Conditions()),
         ("{% if message.tool_calls %}{{ message.content | tojson }}{% endif %}", Conditions()),
         ("{% generation %}{{ message.content }}{% endgeneration %}", Conditions()),
@@ -160,14 +190,18 @@ def test_what_a_template_may_do_with_a_text(part: str, found: Conditions | None)
 
 
 @pytest.mark.parametrize(
-    "text", ["<|eot_id|>", "a <", "> a", "eot", "a<|eot_", " a", "a\n", "\xa0a", "", "   ", "x" * 5 + "</think>"]
+    "text",
+    ["<|eot_id|>", "a <", "> a", "eot", "a<|eot_", " a", "a\n", "\xa0a", "", "   ", "x" * 5 + "</think>"],
 )
 def test_texts_that_are_rendered(text: str) -> None:
     """Each holds or touches a special token or is cut; the same conversation without it is filled in."""
-    template = "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ (m.content | trim).split('</think>')[-1] ~ eos_token }}{% endfor %}"
+    part = "{{ '<|' ~ m.role ~ '|>' ~ (m.content | trim).split('</think>')[-1] ~ eos_token }}"
+    template = "{% for m in messages %}" + part + "{% endfor %}"
     tok = tokenizer(FAMILIES["llama-3"], template)
     renderer = choose_template(tok, None, {})
-    shapes = Shapes(renderer, renderer, "all", Encoder(tok, renderer, DataOptions(train="x"), 9).special_texts)
+    shapes = Shapes(
+        renderer, renderer, "all", Encoder(tok, renderer, DataOptions(train="x"), 9).special_texts
+    )
     plain = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     assert shapes.filled(Chat(plain, (None, None))) is not None
     assert shapes.filled(Chat([plain[0], {"role": "assistant", "content": text}], (None, None))) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pronghorn.sources.record import RECORD_NAME
 from pronghorn.weights.folder import open_weights
 from pronghorn.weights.reader import read_tensor
 from tests import tiny
+from tests.stack import experts_are_stacked, only_newer_peft
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +73,8 @@ def test_every_family_has_the_bits_of_peft_s_float32_merge(
     assert report.tensors_copied == len(found) - len(touched)
     assert report.changed_share is not None and report.changed_share > 0.99 and report.warnings == ()
     if dtype == torch.float32:
-        check_logits(base, adapter, tmp_path / "merged")
+        rounding = float((logits(peft) - logits(with_peft(base, adapter))).abs().max())  # of PEFT's own merge
+        check_logits(base, adapter, tmp_path / "merged", max(2e-5, 1.5 * rounding))
 
 
 def test_everything_untouched_is_the_base_s_own_bytes(tmp_path: Path) -> None:
@@ -131,7 +134,9 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_options_of_peft(case: str, tmp_path: Path) -> None:
     family, options = OPTIONS[case]
     base = tiny.write_base(tmp_path / "base", family, dtype=torch.float32)
-    adapter = tiny.write_adapter(tmp_path / "adapter", base, **options)
+    newer = case == "token rows of both"
+    with only_newer_peft(AttributeError) if newer else contextlib.nullcontext():
+        adapter = tiny.write_adapter(tmp_path / "adapter", base, **options)
     report = export(adapter, tmp_path / "merged", verify=False)
     check_logits(base, adapter, tmp_path / "merged")
     wanted = with_peft(base, adapter).merge_and_unload().state_dict()
@@ -163,7 +168,9 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {
 def test_tied_models_compute_what_was_trained(case: str, tmp_path: Path) -> None:
     options, stays_tied = TIED[case]
     base = tiny.write_base(tmp_path / "base", "qwen2", dtype=torch.float32)
-    adapter = tiny.write_adapter(tmp_path / "adapter", base, **options)
+    newer = "ensure_weight_tying" in options
+    with only_newer_peft(TypeError) if newer else contextlib.nullcontext():
+        adapter = tiny.write_adapter(tmp_path / "adapter", base, **options)
     report = export(adapter, tmp_path / "merged", verify=False)
     check_logits(base, adapter, tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -179,12 +186,13 @@ def test_tied_models_compute_what_was_trained(case: str, tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore")
 def test_the_recorded_choice_for_tied_embeddings_counts(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base", "qwen2", dtype=torch.float32)
-    both = tiny.write_adapter(
-        tmp_path / "both",
-        base,
-        target_modules=["q_proj", "embed_tokens", "lm_head"],
-        ensure_weight_tying=True,
-    )
+    with only_newer_peft(TypeError):
+        both = tiny.write_adapter(
+            tmp_path / "both",
+            base,
+            target_modules=["q_proj", "embed_tokens", "lm_head"],
+            ensure_weight_tying=True,
+        )
     record = {"format": 1, "base_name": str(base), "base_path": str(base)}
     (both / RECORD_NAME).write_text(json.dumps({**record, "tied": "untie"}))
     export(both, tmp_path / "untied", verify=False)
@@ -316,7 +324,9 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
         export(adapter, tmp_path / "merged", base=wide, verify=False)
     experts = tiny.write_adapter(tmp_path / "moe_adapter", tiny.write_base(tmp_path / "moe", "mixtral"))
     more = tiny.write_base(tmp_path / "more", "mixtral", num_local_experts=6)
-    with pytest.raises(ExportError, match=r"but 6 experts of rank 4 .* need 24"):
+    listed = r"does not fit model\.layers\.0\.block_sparse_moe\.gate\.weight \[6, 64\]"
+    stacked = r"but 6 experts of rank 4 .* need 24"
+    with pytest.raises(ExportError, match=stacked if experts_are_stacked() else listed):
         export(experts, tmp_path / "merged", base=more, verify=False)
     with pytest.raises(ExportError, match=r"which the base .* lacks|holds no such experts"):
         export(experts, tmp_path / "merged", base=tmp_path / "llama", verify=False)

@@ -15,6 +15,7 @@ from pronghorn import LoadOptions, LoraOptions, attach_lora, export, load, verif
 from pronghorn.errors import ConfigError, ExportError
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.verify_quant import through_nf4
+from pronghorn.ops.packed import decode
 from pronghorn.quant import nf4
 from pronghorn.quant.library import decode_weight, linears_4bit
 from tests import four_bit
@@ -116,7 +117,7 @@ def test_merged_again_in_4_bit(tmp_path: Path, kind: str, method: str) -> None:
     layers = dict(linears_4bit(theirs))
     assert len(layers) == 14
     for name, layer in layers.items():
-        assert torch.equal(decode_weight(layer.weight), nf4.decode(nf4.encode(merged[f"{name}.weight"])))
+        assert torch.equal(decode_weight(layer.weight), decode(nf4.encode(merged[f"{name}.weight"])))
     assert torch.equal(theirs.lm_head.weight, merged["lm_head.weight"])
     again, _ = load(tmp_path / "any-name", LoadOptions(quantization="nf4"))
     assert torch.equal(again(input_ids=IDS).logits, theirs.eval()(input_ids=IDS).logits)
@@ -146,4 +147,4 @@ def test_a_tensor_quantised_at_training_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_verifiers_own_arithmetic_agrees(dtype: torch.dtype) -> None:
     weight = torch.randn(200, 320, generator=torch.Generator().manual_seed(1)).to(dtype) / 30
-    assert torch.equal(through_nf4(weight).to(dtype), nf4.decode(nf4.encode(weight)))
+    assert torch.equal(through_nf4(weight).to(dtype), decode(nf4.encode(weight)))

@@ -250,7 +250,7 @@ def test_models_that_are_not_proven_are_refused(tmp_path: Path, family: str, sai
         ("bitsandbytes", "vllm-bnb-plugin", "use w4a16"),
         ("nvfp4", "GPUs only", "use fp8"),
         ("gptq", "calibration", "use w4a16"),
-        ("gguf", "GGUF", "convert_hf_to_gguf.py"),
+        ("gguf", "GGUF", "gguf-q8_0"),
     ],
 )
 def test_what_is_not_there_is_answered_with_what_is(asked: str, said: str, fix: str) -> None:

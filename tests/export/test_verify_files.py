@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +17,19 @@ from pronghorn.errors import SourceError, VerificationError
 from pronghorn.export.verify import VerifyReport, verify
 from pronghorn.export.verify_folder import Row
 from tests import tiny
+from tests.export.damage import (
+    INDEX,
+    config,
+    drop,
+    edit_index,
+    edit_json,
+    edit_weights,
+    generation,
+    put,
+    remove,
+    write,
+)
 
-INDEX = "model.safetensors.index.json"
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -34,56 +44,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(bases: Path, tmp_path: Path) -> Path:
     return shutil.copytree(bases / "llama", tmp_path / "folder")
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content.update(changes)
-    path.write_text(json.dumps({key: value for key, value in content.items() if value != "DROP"}))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Rewrite the folder's weights as one file, after ``edit`` changed the dictionary of tensors."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        tensors.update(load_file(file))
-        file.unlink()
-    (folder / INDEX).unlink(missing_ok=True)
-    edit(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-
-
-def edit_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    edit(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-def drop(*names: str) -> Callable[[Path], None]:
-    return lambda folder: edit_weights(folder, lambda tensors: [tensors.pop(name) for name in names])
-
-
-def put(**tensors: torch.Tensor) -> Callable[[Path], None]:
-    return lambda folder: edit_weights(
-        folder, lambda t: t.update({k.replace("__", "."): v for k, v in tensors.items()})
-    )
-
-
-def config(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", **changes)
-
-
-def generation(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "generation_config.json", **changes)
-
-
-def write(name: str, content: str | bytes) -> Callable[[Path], object]:
-    data = content if isinstance(content, bytes) else content.encode()
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
 
 
 def truncate(folder: Path) -> None:
@@ -142,7 +102,7 @@ QUANT, DTYPE = (
     "quantization_config agrees with the weights",
     "dtype in config.json agrees with the stored one",
 )
-LAYERS, TIED = "no layer lacks a tensor its twins have", "tie_word_embeddings agrees with lm_head"
+LAYERS, TIED = "tensors are those config.json asks for", "tie_word_embeddings agrees with lm_head"
 VOCAB, NAMES = "vocab_size equals the embedding rows", "tensor names are the model's own"
 CONFIG, TOKENS = "config.json is usable", "tokenizer files are present and parse"
 SPECIAL, TEMPLATE = "special token ids agree in every file", "chat template parses"

@@ -215,6 +215,7 @@ IMAGE_TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 FAMILIES = (*TEXT, *IMAGE_TEXT)
 KINDS = ("norm", "attention", "qkv", "o", "linear", "mlp", "experts", "loss")
+MLP_OR_EXPERTS = ("mlp", "experts")
 
 
 def build(family: str) -> Any:
@@ -288,9 +289,10 @@ def main() -> None:
     for name in names:
         rows.append(examine(name))
         print(rows[-1], flush=True)
-    for kind in KINDS:
-        complete = sum(row.replaced(kind) for row in rows)
-        print(f"\n{kind}: everything a text input reaches was replaced in {complete} of {len(rows)}")
+    for kinds in (*((kind,) for kind in KINDS), MLP_OR_EXPERTS):
+        complete = sum(row.replaced(*kinds) for row in rows)
+        named = " and ".join(kinds)
+        print(f"\n{named}: everything a text input reaches was replaced in {complete} of {len(rows)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tests.guards.source import COMPUTED, Module, modules
 
 # from the floor up; a room imports from lower levels and from itself
 LEVELS = (
-    ("errors", "settings", "hardware"),
+    ("errors", "settings", "hardware", "versions"),
     ("weights",),
     ("sources",),
     ("ops",),

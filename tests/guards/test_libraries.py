@@ -17,7 +17,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "export.",
         "hardware",
         "loading.",
-        "memory.layers",
+        "memory.",
         "ops.",
         "patching.",
         "quant.",
@@ -28,19 +28,25 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
     "transformers": (
         "adapters.",
-        "attention.interface",
+        "attention.",
         "data.",
         "export.",
         "loading.",
-        "memory.layers",
+        "memory.",
         "serving.",
         "training.",
     ),
     # boundaries: one place for each thing done with the library
-    "peft": ("adapters.attach", "adapters.save", "loading.adapter", "export.verify_model"),
+    "peft": (
+        "adapters.attach",
+        "adapters.save",
+        "loading.adapter",
+        "export.verify_model",
+        "export.verify_streamed",
+    ),
     "trl": ("training.trainer",),
-    "accelerate": (),
-    "datasets": ("data.prepare", "data.rows", "data.store"),
+    "accelerate": ("export.verify_streamed", "training.trainer"),
+    "datasets": ("data.for_trl", "data.prepare", "data.rows", "data.store"),
     "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
     "huggingface_hub": ("sources.hub",),
@@ -48,14 +54,18 @@ PLACES: dict[str, tuple[str, ...]] = {
     "rich": ("cli.tables", "data.inspect", "data.report", "training.progress"),
     "pydantic": ("data.options", "training.config", "training.config_errors"),
     "yaml": ("training.config", "training.run"),
-    "numpy": ("data.checks", "data.store", "data.tally", "export.merged"),
+    "numpy": ("data.checks", "data.store", "data.tally", "export.gguf_write", "export.merged"),
+    "gguf": ("export.gguf_run", "export.gguf_write"),
+    "llama_cpp": ("export.gguf_engine",),
     "tokenizers": ("data.isolated",),
-    "jinja2": ("data.opaque", "export.verify_tokens"),
+    "jinja2": ("data.opaque", "export.gguf_ollama", "export.verify_tokens"),
     "bitsandbytes": ("quant.library",),
     "triton": ("ops.triton.",),
+    "vllm": ("export.verify_in_vllm",),
 }
-COMES_ALONG = frozenset({"triton"})  # with torch's builds for GPUs, and only there
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name to install differs
+# with torch's builds for GPUs, and only there; vLLM in an environment of its own
+COMES_ALONG = frozenset({"triton", "vllm"})
+DISTRIBUTIONS = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python"}  # where the name to install differs
 
 
 def test_libraries_are_imported_where_the_table_says() -> None:

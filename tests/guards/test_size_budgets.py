@@ -12,8 +12,8 @@ MEDIAN_FILE_LINES = 220
 FUNCTION_LINES = 80
 KERNEL_LINES = 150  # a Triton kernel
 PARAMETERS = 8
-# the drop-in names keep the signatures that notebooks already call
-MANY_PARAMETERS = frozenset({"pronghorn.fast"})
+# the drop-in names keep the signatures that notebooks already call; a command's options are its signature
+MANY_PARAMETERS = frozenset({"pronghorn.fast", "pronghorn.cli.export", "pronghorn.cli.verify"})
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -8,7 +8,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from pronghorn.errors import ConfigError
-from pronghorn.memory.layers import RecomputePlan, layers_of, saved_bytes
+from pronghorn.memory.counter import saved_bytes
+from pronghorn.memory.layers import RecomputePlan, layers_of
 from pronghorn.patching.accelerate import accelerate
 from tests.patching.build import adapted, assert_same, batch, step
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pronghorn.memory.layers import saved_bytes
+from pronghorn.attention.interface import groups_are_fused
+from pronghorn.memory.counter import saved_bytes
 from pronghorn.patching.accelerate import accelerate
 from tests import tiny
 from tests.patching.build import batch
@@ -30,7 +31,8 @@ def test_saved_bytes_of_a_layer_are_exactly_what_the_documentation_says() -> Non
         accelerate(one)
         kept.append(saved_bytes(one, lambda m=one: m(**batch(1, tokens), use_cache=False).loss))
     norms = 2 * (2 * WIDTH + 4)
-    attention = 2 * (WIDTH + 2 * KV_WIDTH) + 2 * WIDTH + 4 * HEADS
+    kv_width = KV_WIDTH if groups_are_fused() else WIDTH
+    attention = 2 * (WIDTH + 2 * kv_width) + 2 * WIDTH + 4 * HEADS
     output_adapter, mlp = 2 * RANK, 2 * 2 * INNER
     assert kept[1] - kept[0] == tokens * (norms + attention + output_adapter + mlp)
 

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from pronghorn.ops.packed import BLOCK, decode, dynamic_code, levels
 from pronghorn.quant import nf4
 from pronghorn.quant.library import bitsandbytes
 
@@ -26,8 +27,8 @@ def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dt
         weight(shape, dtype), compress_statistics=True, quant_type="nf4"
     )
     assert torch.equal(ours.data, data)
-    assert torch.equal(nf4.dynamic_code(data.device), state.state2.code)
-    assert torch.equal(nf4.levels(data.device), state.code)
+    assert torch.equal(dynamic_code(data.device), state.state2.code)
+    assert torch.equal(levels(data.device), state.code)
     # its CPU search for the nearest 8-bit code is off by one at times; ours is the nearest
     steps = (ours.scales.codes.int() - state.absmax.int()).abs()
     assert steps.max() <= 1
@@ -38,19 +39,21 @@ def test_codes_are_those_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dt
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decoding_equals_bitsandbytes_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
     packed = nf4.encode(weight(shape, dtype))
-    tensors = {name.removeprefix("w."): one for name, one in packed.tensors("w").items() if name != "w"}
+    tensors = {
+        name.removeprefix("w."): one for name, one in nf4.stored_tensors(packed, "w").items() if name != "w"
+    }
     functional = importlib.import_module("bitsandbytes.functional")
     state = functional.QuantState.from_dict(tensors, device=torch.device("cpu"))
     theirs = functional.dequantize_4bit(packed.data, state)
     assert theirs.dtype == dtype
-    assert torch.equal(nf4.decode(packed), theirs)
+    assert torch.equal(decode(packed), theirs)
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (7, 63), (5, 13), (1, 1)])
 def test_widths_that_are_no_multiple_of_the_block(shape: tuple[int, int]) -> None:
     values = weight(shape)
-    decoded = nf4.decode(nf4.encode(values))
-    flat = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % nf4.BLOCK)).view(-1, nf4.BLOCK)
+    decoded = decode(nf4.encode(values))
+    flat = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     largest = flat.abs().amax(1, keepdim=True).expand_as(flat).flatten()[: values.numel()]
     # half the widest gap between two levels, and what the 8-bit magnitudes add
     assert ((decoded - values).abs().flatten() <= 0.17 * largest).all()
@@ -59,12 +62,12 @@ def test_widths_that_are_no_multiple_of_the_block(shape: tuple[int, int]) -> Non
 def test_decode_fills_a_given_buffer() -> None:
     packed = nf4.encode(weight((33, 128), torch.bfloat16))
     buffer = torch.full((33, 128), torch.nan, dtype=torch.bfloat16)
-    assert nf4.decode(packed, out=buffer) is buffer
-    assert torch.equal(buffer, nf4.decode(packed))
+    assert decode(packed, out=buffer) is buffer
+    assert torch.equal(buffer, decode(packed))
     wide = torch.full((33, 128), torch.nan)
-    assert torch.equal(nf4.decode(packed, out=wide).bfloat16(), buffer)
+    assert torch.equal(decode(packed, out=wide).bfloat16(), buffer)
     with pytest.raises(ValueError, match="out is"):
-        nf4.decode(packed, out=torch.empty(128, 33))
+        decode(packed, out=torch.empty(128, 33))
 
 
 @pytest.mark.parametrize("shape", [(40, 128), (64, 96), (9, 63)])
@@ -73,9 +76,9 @@ def test_pieces_equal_the_whole(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = weight(shape, dtype)
-    whole = nf4.decode(nf4.encode(values))
+    whole = decode(nf4.encode(values))
     monkeypatch.setattr(nf4, "_TILE_ELEMENTS", 256)
-    assert torch.equal(nf4.decode(nf4.encode(values)), whole)
+    assert torch.equal(decode(nf4.encode(values)), whole)
     flat, count = values.flatten(), values.numel()
 
     def span(first: int, last: int) -> torch.Tensor:
@@ -106,7 +109,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 def test_zeros_stay_zeros() -> None:
-    assert torch.equal(nf4.decode(nf4.encode(torch.zeros(4, 64))), torch.zeros(4, 64))
+    assert torch.equal(decode(nf4.encode(torch.zeros(4, 64))), torch.zeros(4, 64))
 
 
 def test_the_input_is_left_as_it_was() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pronghorn.errors import NotSupportedError, SourceError
+from pronghorn.ops.packed import Packed, Scales, decode
 from pronghorn.quant import nf4
 from pronghorn.quant.stored import EncodedNF4, quantization_of, stored_4bit
 from pronghorn.sources.resolve import resolve
@@ -49,10 +50,10 @@ def test_rows_are_those_of_the_whole(folder: Path) -> None:
     assert (one.shape, one.dtype, one.block) == ((128, 64), "BF16", 64)
     tensors = load_file(folder / "model.safetensors")
     state = nf4.parse_state(tensors[NAME + nf4.STATE].numpy().tobytes())
-    scales = nf4.Scales(
+    scales = Scales(
         tensors[NAME + nf4.ABSMAX], tensors[NAME + nf4.NESTED_ABSMAX], float(str(state["nested_offset"]))
     )
-    whole = nf4.decode(nf4.Packed(tensors[NAME], scales, (128, 64), torch.bfloat16))
+    whole = decode(Packed(tensors[NAME], scales, (128, 64), torch.bfloat16))
     assert torch.equal(torch.cat([one.rows(0, 3), one.rows(3, 100), one.rows(100, 128)]), whole)
 
 
@@ -61,10 +62,10 @@ def test_a_16_bit_weight_as_it_would_be_trained(tmp_path: Path) -> None:
     shard, entry = weights.tensors[NAME]
     values = load_file(shard.path)[NAME]
     found = EncodedNF4(shard, entry, torch.bfloat16)
-    whole = nf4.decode(nf4.encode(values))
+    whole = decode(nf4.encode(values))
     assert torch.equal(torch.cat([found.rows(0, 5), found.rows(5, 96)]), whole)
     in_float32 = EncodedNF4(shard, entry, torch.float32)
-    assert torch.equal(in_float32.rows(2, 9), nf4.decode(nf4.encode(values.float()))[2:9])
+    assert torch.equal(in_float32.rows(2, 9), decode(nf4.encode(values.float()))[2:9])
 
 
 def test_recognised_by_content_and_nested(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pronghorn.errors import ConfigError, MissingDependencyError, NotSupportedEr
 from pronghorn.serving import vllm
 from pronghorn.serving.chat import Chat
 from pronghorn.serving.plain import make_server
-from tests import tiny
+from tests import four_bit, tiny
 
 RUNNER = CliRunner()
 
@@ -61,15 +61,11 @@ def test_dry_run_prints_both_forms(made: tuple[Path, Path]) -> None:
 
 
 def test_a_bitsandbytes_folder_is_answered_with_the_plugin_and_the_better_format(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    config = json.loads((made[0] / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    passed = type("Passed", (), {"raise_if_broken": lambda self, **_: None})()
-    monkeypatch.setattr(vllm, "verify", lambda _: passed)
-    with pytest.raises(NotSupportedError) as caught:
-        vllm.plan_serving(tmp_path)
+    folder = four_bit.write_base(tmp_path / "folder")
+    with pytest.raises(NotSupportedError, match="does not load: vLLM reads no bitsandbytes") as caught:
+        vllm.plan_serving(folder)
     assert "vllm-bnb-plugin" in caught.value.fix
     assert "w4a16" in caught.value.fix
 

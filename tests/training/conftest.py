@@ -50,7 +50,14 @@ def config_of(base: Path, rows: Path, folder: Path, **sections: Any) -> dict[str
         "model": {"name": str(base)},
         "data": {"train": str(rows / "train.jsonl"), "eval": str(rows / "eval.jsonl"), "cache": False},
         "lora": {"r": 4, "dropout": 0.1},
-        "training": {"epochs": 2, "batch_size": 3, "gradient_accumulation": 2, "learning_rate": 0.01},
+        # the plan has tests of its own; a tiny run fits
+        "training": {
+            "epochs": 2,
+            "batch_size": 3,
+            "gradient_accumulation": 2,
+            "learning_rate": 0.01,
+            "over_budget": "skip",
+        },
         "eval": {"every_steps": 3},
         "checkpoints": {"every_steps": 4},
         "logging": {"progress": "none"},

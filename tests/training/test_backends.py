@@ -1,4 +1,5 @@
-"""Rows of a bin stay apart with flex attention and with what flash attention is handed, as with sdpa and eager."""
+"""Rows of a bin stay apart with flex attention and with what flash attention is handed, as with sdpa and
+eager."""
 
 from __future__ import annotations
 
@@ -24,7 +25,14 @@ ROWS += [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "lengths": [1, 2]}]
 
 
 def varlen(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, dropout: float = 0.0, **handed: Any
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    scaling: Any = None,
+    dropout: float = 0.0,
+    **handed: Any,
 ) -> tuple[torch.Tensor, None]:
     """What flash_attn_varlen_func computes, from what transformers hands to it, document by document."""
     assert mask is None or handed.get("cu_seq_lens_q") is None
@@ -100,7 +108,7 @@ def without(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_attention_that_is_not_installed_is_named() -> None:
-    with pytest.raises(MissingDependencyError, match="training.attention is flash_attention_2"):
+    with pytest.raises(MissingDependencyError, match=r"training\.attention is flash_attention_2"):
         use_attention(tiny.model("llama"), "flash_attention_2")
 
 

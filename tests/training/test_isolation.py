@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pronghorn.errors import NotSupportedError
 from pronghorn.training.isolation import MOST_BOUND, Isolation, measure_isolation, require_isolation
 from tests import tiny
+from tests.stack import require_family
 
 LEAKING: dict[str, dict[str, Any]] = {
     "gpt_oss": {  # its mask is made without the positions
@@ -40,6 +41,7 @@ LEAKING: dict[str, dict[str, Any]] = {
 
 def leaking(model_type: str, dtype: torch.dtype, *, trained: bool = True) -> Any:
     """A tiny model of a family that leaks; without ``trained`` its weights are as small as initialised."""
+    require_family(model_type)
     torch.manual_seed(0)
     common = {**tiny.config("llama").to_dict(), **LEAKING[model_type]}
     kept = {name: common[name] for name in [*LEAKING[model_type], *tiny._COMMON]}

@@ -1,4 +1,5 @@
-"""Two processes that train one run: the losses, the gradient and the evaluation of one process, and resuming."""
+"""Two processes that train one run: the losses, the gradient and the evaluation of one process, and
+resuming."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from pronghorn.training.ranks import SharedOrder
 from pronghorn.training.run import train
 from tests.training.conftest import MakeConfig
 
-# One step's update of plain gradient descent is the gradient. Without dropout, for each process draws its own.
+# One step's update of plain gradient descent is the gradient. Without dropout, for each process draws
+# its own.
 SECTIONS: dict[str, Any] = {
     "lora": {"r": 4, "dropout": 0.0},
     "training": {"optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "schedule": "constant"},
@@ -33,10 +35,21 @@ def launch(config: dict[str, Any], path: Path, *, ends: int = 0) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(port),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, "-m", "pronghorn.cli.main", "train", str(path)], env=environment, capture_output=True, text=True
+        [*command, "-m", "pronghorn.cli.main", "train", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode != 0) == bool(ends), done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -54,7 +67,13 @@ def test_two_processes_are_one(make_config: MakeConfig, tmp_path: Path) -> None:
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     assert [row["tokens"] for row in ours if "loss" in row] != []
     for mine, other in zip(ours, theirs, strict=True):
-        for name in {*mine, *other} & {"loss", "eval_loss", "eval_tokens", "eval_token_accuracy", "grad_norm"}:
+        for name in {*mine, *other} & {
+            "loss",
+            "eval_loss",
+            "eval_tokens",
+            "eval_token_accuracy",
+            "grad_norm",
+        }:
             assert mine[name] == pytest.approx(other[name], rel=2e-6), (mine["step"], name)
     mine, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, one.folder))
     assert mine.keys() == other.keys()
@@ -79,7 +98,9 @@ def test_two_processes_resume_and_are_not_one(make_config: MakeConfig, tmp_path:
     kept[-1].rmdir()
     printed = launch(halted, tmp_path / "halted.yaml")
     assert "Error" not in printed
-    mine, other = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("halted", "straight"))
+    mine, other = (
+        load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("halted", "straight")
+    )
     assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
     (folder / "adapter/adapter_config.json").unlink()
     for path in (folder / "adapter").iterdir():

@@ -22,6 +22,8 @@ from pronghorn.errors import (
     RunConflictError,
     SourceError,
 )
+from pronghorn.loading.load import load
+from pronghorn.training.manifest import add_fallbacks
 from pronghorn.training.metrics import MetricsLog, read_metrics, row_from_logs
 from pronghorn.training.run import train
 from pronghorn.training.trainer import RunTrainer
@@ -54,6 +56,33 @@ def test_the_run_folder_holds_all_there_is_to_know(make_config: MakeConfig, base
     assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
         path.name for path in result.adapter.iterdir()
     }
+
+
+def test_new_tokens_train_and_are_saved(make_config: MakeConfig, tmp_path: Path) -> None:
+    words = ["<tool>", "</tool>"]
+    rows = tmp_path / "tools.jsonl"
+    row = {"prompt": "call", "completion": " <tool>add</tool>"}
+    rows.write_text("".join(json.dumps({**row, "prompt": f"call {n}"}) + "\n" for n in range(12)))
+    data = {"train": str(rows), "eval": ()}
+    config = make_config(model={"new_tokens": words}, data=data, training={"max_steps": 3})
+    result = train(config)
+    record = json.loads((result.adapter / "pronghorn.json").read_text())
+    assert record["vocab_rows"] == 514
+    assert record["tokenizer_changes"] == ["tokenizer.json: taken from the adapter (2 new tokens)"]
+    saved = load_file(result.adapter / "adapter_model.safetensors")
+    rows_of = [tensor for name, tensor in saved.items() if "trainable_tokens_delta" in name]
+    assert [list(tensor.shape) for tensor in rows_of] == [[2, 64], [2, 64]]
+    assert not torch.equal(rows_of[0][0], rows_of[0][1])  # both began as the same mean
+    _, tokenizer = load(result.adapter, say=None)
+    assert tokenizer.convert_tokens_to_ids(words) == [512, 513]
+    with pytest.raises(AdapterError, match="already has an adapter, which would not train the new tokens"):
+        train(
+            {
+                **make_config("again"),
+                "model": {"name": str(result.adapter), "new_tokens": ["<x>"]},
+                "lora": None,
+            }
+        )
 
 
 def test_metrics_have_every_step_once(make_config: MakeConfig) -> None:
@@ -235,3 +264,23 @@ def test_the_accelerated_run_is_the_plain_run(make_config: MakeConfig) -> None:
         kinds[kind]["found"] == kinds[kind]["replaced"] for kind in ("norm", "mlp", "qkv", "o", "loss")
     )
     assert "acceleration" not in json.loads((plain.folder / "manifest.json").read_text())
+
+
+def test_calls_that_ran_the_original_are_in_the_manifest(make_config: MakeConfig) -> None:
+    """A float32 base under bfloat16 autocast: its linears are replaced, and decline every call."""
+    options = {"lora": {"r": 4, "dropout": 0.0}, "training": {"precision": "bf16", "recompute": False}}
+    run = train(make_config(**options))
+    found = json.loads((run.folder / "manifest.json").read_text())["acceleration"]
+    passes = 8 * 2 - 2  # two batches a step, but one in the last of each of two epochs
+    why = "the weights are torch.float32, the computation is in torch.bfloat16"
+    assert found["kinds"]["mlp"] == {"found": 2, "replaced": 2, "left": {}}
+    assert found["fallbacks"]["mlp"] == {why: 2 * passes}
+
+
+def test_fallbacks_of_several_legs_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"acceleration": {"fallbacks": {}}, "seeds": {"run": 1}}))
+    add_fallbacks(path, {"mlp": {"one": 2}})
+    total = add_fallbacks(path, {"mlp": {"one": 3, "two": 1}, "qkv": {"one": 1}})
+    assert total == {"mlp": {"one": 5, "two": 1}, "qkv": {"one": 1}}
+    assert json.loads(path.read_text()) == {"acceleration": {"fallbacks": total}, "seeds": {"run": 1}}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from pronghorn.adapters.new_tokens import start_rows, trainable_rows
 from pronghorn.adapters.options import LoraOptions
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import bind_save
@@ -31,10 +32,12 @@ class AttachReport:
     tied: Tied | None
     trainable: int
     total: int
+    tokens: int = 0
 
     def __str__(self) -> str:
         where = ", ".join(f"{name} x{count}" for name, count in self.modules.items())
         whole = f"; trained in full: {', '.join(self.saved)}" if self.saved else ""
+        whole += f"; rows of {self.tokens} tokens" if self.tokens else ""
         tied = f"; tied embeddings: {self.tied}" if self.tied else ""
         share = 100 * self.trainable / max(1, self.total)
         return (
@@ -64,7 +67,8 @@ def attach_lora(
         )
     origin = origin_of(model)
     options, targets, tied = settle(model, options, resolve_targets(model, options))
-    config = _peft_config(model, options, targets, tied)
+    rows = trainable_rows(model, [*options.modules_to_save, *targets.modules])
+    config = _peft_config(model, options, targets, tied, rows)
     try:
         with seeded(options.seed), peft_warnings():
             wrapped = get_peft_model(model, config)
@@ -73,6 +77,8 @@ def attach_lora(
             f"PEFT refuses this adapter on {type(model).__name__}: {error}",
             fix="change target_modules, and load the model again: it may be wrapped in part",
         ) from error
+    if rows:
+        start_rows(wrapped, wrapped.active_adapter)
     _name_base(wrapped, origin)
     bind_save(wrapped, tied=tied)
     if say is not None:
@@ -89,14 +95,18 @@ def report(model: PeftModel, *, tied: Tied | None = None) -> AttachReport:
         counts[leaf] = counts.get(leaf, 0) + 1
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return AttachReport(counts, tuple(config.modules_to_save or ()), config.r, tied, trainable, total)
+    rows = getattr(config, "trainable_token_indices", None) or {}
+    tokens = len({index for ids in rows.values() for index in ids})
+    return AttachReport(counts, tuple(config.modules_to_save or ()), config.r, tied, trainable, total, tokens)
 
 
 def _parameter_names(model: PeftModel) -> list[str]:
     return list(getattr(model.base_model, "targeted_parameter_names", ()))
 
 
-def _peft_config(model: Any, options: LoraOptions, targets: Targets, tied: Tied | None) -> LoraConfig:
+def _peft_config(
+    model: Any, options: LoraOptions, targets: Targets, tied: Tied | None, rows: dict[str, list[int]] | None
+) -> LoraConfig:
     modules, moved = _keep_from_conversion(model, targets.modules)
     parameters = [*targets.parameters, *moved]
     if parameters and (options.dropout or options.use_dora):
@@ -108,6 +118,8 @@ def _peft_config(model: Any, options: LoraOptions, targets: Targets, tied: Tied 
     extra: dict[str, Any] = {}
     if parameters:
         extra["target_parameters"] = parameters
+    if rows:
+        extra["trainable_token_indices"] = rows
     if tied == "keep":
         if "ensure_weight_tying" not in _PEFT_FIELDS:
             raise NotSupportedError(

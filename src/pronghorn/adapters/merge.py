@@ -14,6 +14,7 @@ import torch
 
 from pronghorn.adapters.files import LoraPair
 from pronghorn.weights.reader import read_columns, read_rows, read_tensor
+from pronghorn.weights.scratch import Scratch
 from pronghorn.weights.shards import Shard, TensorEntry
 
 # 1 MiB of float32: a tile, its product and its result stay in a core's second-level cache
@@ -23,10 +24,14 @@ CACHE_BYTES = 48 * 2**20
 
 
 class FactorCache:
-    """Whole factors of an adapter in float32, the least recently used dropped; safe for threads."""
+    """Whole factors of an adapter in float32, the least recently used dropped; safe for threads.
+
+    ``scratch``: where each thread computes the tile at hand.
+    """
 
     def __init__(self, shard: Shard, limit_bytes: int = CACHE_BYTES) -> None:
         self.shard = shard
+        self.scratch = Scratch()
         self._limit = limit_bytes
         self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -58,14 +63,15 @@ class Update:
     offset: int = 0
 
     def delta(self, cache: FactorCache, first: int, last: int, columns: int) -> torch.Tensor:
-        """s*B*A for rows ``first`` to ``last``: float32 ``[last - first, columns]``."""
+        """s*B*A for rows ``first`` to ``last``: ``[last - first, columns]``, good until the next call."""
         if self.pair.stacked:
             return self._stacked(cache, first, last, columns)
         if self.transposed:
             a = read_columns(cache.shard, self.pair.a, first, last).float()
             return (cache.get(self.pair.b) @ a).T * self.pair.scaling
         b = read_rows(cache.shard, self.pair.b, first, last).float()
-        return (b @ cache.get(self.pair.a)).mul_(self.pair.scaling)
+        product = cache.scratch.take("delta", (last - first, columns), torch.float32)
+        return torch.mm(b, cache.get(self.pair.a), out=product).mul_(self.pair.scaling)
 
     def _stacked(self, cache: FactorCache, first: int, last: int, columns: int) -> torch.Tensor:
         a, b = self.pair.a, cache.get(self.pair.b)
@@ -93,7 +99,7 @@ def merge_rows(
 
     The float32 ``delta`` is consumed. Source of the DoRA formula: arXiv 2402.09353, equation 5.
     """
-    merged = delta.add_(weight.float()) if delta.is_contiguous() else delta + weight.float()
+    merged = delta.add_(weight) if delta.is_contiguous() else delta + weight.float()
     if magnitude is None:
         return merged
     norm: torch.Tensor = torch.linalg.norm(merged, dim=1)

@@ -7,30 +7,19 @@ import json
 import shutil
 import tempfile
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
+from pronghorn.adapters.new_tokens import holds_new_rows
 from pronghorn.adapters.origin import Origin, base_of, origin_of
 from pronghorn.adapters.record import AdapterRecord, library_versions, write_record
+from pronghorn.adapters.tokenizer_files import TOKENIZER_FILES, FolderEdits, tokenizer_files
 from pronghorn.errors import AdapterError, NotSupportedError
 from pronghorn.weights.writer import StagedFolder, apply_umask, sync_path, sync_tree
 
-# what tokenizers of all kinds are made of; copied byte for byte where the tokenizer was not changed
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _TIED_ATTRIBUTE = "_pronghorn_tied"
 
 
@@ -165,8 +154,9 @@ def _write(
     rows = model.get_input_embeddings().weight.shape[0]
     resized = origin is not None and origin.rows is not None and rows != origin.rows
     # told explicitly: PEFT's "auto" asks the hub whether the vocabulary changed
+    whole = resized and not holds_new_rows(model, name)
     PeftModel.save_pretrained(
-        model, str(folder), selected_adapters=[name], save_embedding_layers=resized, state_dict=state_dict
+        model, str(folder), selected_adapters=[name], save_embedding_layers=whole, state_dict=state_dict
     )
     if (
         name != "default"
@@ -174,36 +164,39 @@ def _write(
         for path in (folder / name).iterdir():
             path.replace(folder / path.name)
         (folder / name).rmdir()
-    _write_tokenizer(folder, tokenizer, origin)
-    write_record(folder, record_of(model, name))
+    changes = _write_tokenizer(folder, tokenizer, origin)
+    write_record(folder, replace(record_of(model, name), tokenizer_changes=changes))
 
 
-def _write_tokenizer(folder: Path, tokenizer: Any, origin: Origin | None) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Any, origin: Origin | None) -> tuple[str, ...]:
+    """The files of the base's tokenizer, edited where this one says something else; returns the edits."""
     chosen = tokenizer if tokenizer is not None else (origin.tokenizer if origin else None)
     if chosen is None:
-        return
-    if origin and origin.tokenizer_folder and tokenizer_print(chosen) == origin.tokenizer_print:
-        for name in TOKENIZER_FILES:
-            if (origin.tokenizer_folder / name).is_file():
-                shutil.copyfile(origin.tokenizer_folder / name, folder / name)
-        return
-    limit = chosen.model_max_length
-    if origin and chosen is origin.tokenizer and origin.tokenizer_limit is not None:
-        chosen.model_max_length = origin.tokenizer_limit  # ours is a setting of the run, not of the tokenizer
+        return ()
+    base = origin.tokenizer_folder if origin else None
+    edits = FolderEdits()
+    if origin is None or tokenizer_print(chosen) != origin.tokenizer_print:
+        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder) as scratch:
+            _save_tokenizer(chosen, Path(scratch), origin)
+            if base is None:
+                for path in Path(scratch).iterdir():
+                    path.replace(folder / path.name)
+                return ()
+            edits = tokenizer_files(base, Path(scratch))
+    for name in TOKENIZER_FILES:
+        content = edits.files.get(name)
+        if content is not None:
+            (folder / name).write_bytes(content)
+        elif base is not None and name not in edits.files and (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    return tuple(edits.listed)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, origin: Origin | None) -> None:
+    limit = tokenizer.model_max_length
+    if origin and tokenizer is origin.tokenizer and origin.tokenizer_limit is not None:
+        tokenizer.model_max_length = origin.tokenizer_limit  # ours is a setting of the run
     try:
-        chosen.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     finally:
-        chosen.model_max_length = limit
-    if origin and origin.tokenizer_folder:
-        _keep_class(folder / TOKENIZER_CONFIG, origin.tokenizer_folder / TOKENIZER_CONFIG)
-
-
-def _keep_class(written: Path, original: Path) -> None:
-    """Keep the tokenizer class the base names: transformers 5 writes one that older readers do not know."""
-    if not (written.is_file() and original.is_file()):
-        return
-    named = json.loads(original.read_text(encoding="utf-8")).get("tokenizer_class")
-    config = json.loads(written.read_text(encoding="utf-8"))
-    if named and config.get("tokenizer_class") != named:
-        config["tokenizer_class"] = named
-        written.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tokenizer.model_max_length = limit

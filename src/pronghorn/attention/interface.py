@@ -1,18 +1,21 @@
 """Our attention function, registered under its own name beside transformers' own.
 
-What it adds to the stock ``sdpa``: key and value heads are never repeated in memory, with a mask neither, and
-soft caps and sinks run in blocks of queries whose score matrix is not kept. Everything else is handed to
-``sdpa``. Registering adds a name to two public tables and changes no entry that was there.
+What it adds to the stock ``sdpa``: key and value heads are not repeated in memory, with a mask neither, and
+soft caps and sinks run in blocks of queries whose score matrix is not kept. Where torch has no kernel for
+groups (2.8 on a CPU) heads are repeated, and no scores are kept. Everything else is handed to ``sdpa``.
+Registering adds a name to two public tables and changes no entry that was there.
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -27,6 +30,14 @@ _HARMLESS = frozenset(
 )
 
 callers: ContextVar[list[nn.Module] | None] = ContextVar("callers", default=None)
+
+
+@cache
+def groups_are_fused() -> bool:
+    """Whether torch's CPU kernel takes fewer key than query heads; else it keeps the scores."""
+    query, key = torch.empty(1, 2, 1, 8), torch.empty(1, 1, 1, 8)
+    chosen: int = torch._fused_sdp_choice(query, key, key, enable_gqa=True)
+    return chosen != SDPBackend.MATH.value
 
 
 def register() -> None:
@@ -55,15 +66,28 @@ def attention_forward(
     softcap, sinks = extra.pop("softcap", None), extra.pop("s_aux", None)
     if (softcap is not None or sinks is not None) and not dropout:
         return blocked_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
-    masked_groups = attention_mask is not None and key.shape[1] != query.shape[1]
+    grouped = key.shape[1] != query.shape[1]
+    masked = attention_mask is not None
+    # stock sdpa repeats heads under a mask, and hands groups to torch without one
+    ours = grouped and masked == groups_are_fused()
     plain = query.device.type == "cpu" and torch.is_grad_enabled() and set(extra) <= _HARMLESS
-    if not (masked_groups and plain) or softcap is not None or sinks is not None:
+    if not (ours and plain) or softcap is not None or sinks is not None:
         out: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return out
+    causal = extra.get("is_causal", getattr(module, "is_causal", True))
+    if not groups_are_fused():
+        key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
     result = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=not masked and query.shape[2] > 1 and causal,
+        enable_gqa=groups_are_fused(),
     )
     return result.transpose(1, 2).contiguous(), None
 

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 
 def export(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="The trained adapter, or its run: a folder or a hub id.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="The trained adapter, or its run: a folder or a hub id. For GGUF a whole model, too.",
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     format_: Annotated[
         str,
         typer.Option(
             "--format",
-            help="merged_16bit; w4a16, w8a8 or fp8 (quantised); adapter (portable); lora (as it is).",
+            help="merged_16bit; w4a16, w8a8 or fp8 (quantised); gguf-q8_0, gguf-q4_k_m, ..., gguf-lora; "
+            "adapter (portable); lora (as it is).",
         ),
     ] = "merged_16bit",
     base: Annotated[
@@ -30,6 +35,10 @@ def export(
     onto: Annotated[
         str, typer.Option(help="Of a base in 4-bit: the decoded values trained on, or the original ones.")
     ] = "decoded",
+    llama_python: Annotated[
+        Path | None,
+        typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     adapter_name: Annotated[
         str | None, typer.Option(help="Which adapter, where the folder holds several.")
@@ -45,7 +54,7 @@ def export(
         report = run(
             adapter,
             target,
-            format=MergeFormat(format_, onto),  # type: ignore[arg-type]  # it checks itself
+            format=MergeFormat(format_, onto, llama_python),  # type: ignore[arg-type]  # it checks itself
             base=base,
             overwrite=overwrite,
             adapter_name=adapter_name,
@@ -59,7 +68,18 @@ def export(
         )
     if report.onto is not None:
         _print_drift(report, onto)
-    _print_serving(report)
+    _print_llama_cpp(report) if report.format.startswith("gguf-") else _print_serving(report)
+
+
+def _print_llama_cpp(report: ExportReport) -> None:
+    """How llama.cpp and Ollama take the files."""
+    for file in sorted(report.folder.glob("*.gguf")):
+        adapter = report.format == "gguf-lora"
+        print(
+            f"llama-server -m {'BASE.gguf --lora ' if adapter else ''}{file}{'' if adapter else ' --jinja'}"
+        )
+    if (report.folder / "Modelfile").is_file():
+        print(f"ollama create {report.folder.name} -f {report.folder / 'Modelfile'}")
 
 
 def _print_drift(report: ExportReport, onto: str) -> None:

@@ -74,6 +74,7 @@ def _tokenizer(config: Any) -> tuple[Any, int]:
         recorded = record.max_seq_length if record else None
     folder = source.path if has_tokenizer(source.path) else base.path
     tokenizer = load_tokenizer(folder, trust_remote_code=wanted.trust_remote_code)
+    tokenizer.add_tokens(list(wanted.new_tokens or ()))
     text_config = base.config.get("text_config", base.config)
     limit = text_config.get("max_position_embeddings", DEFAULT_MAX_SEQ_LENGTH)
     return tokenizer, wanted.max_seq_length or recorded or min(DEFAULT_MAX_SEQ_LENGTH, limit)

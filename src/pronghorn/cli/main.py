@@ -13,7 +13,7 @@ from pronghorn import __version__
 from pronghorn.errors import PronghornError
 
 # Each verb is the function of that name in pronghorn.cli.<verb>; those files load nothing heavy at their top.
-VERBS = ("train", "inspect", "export", "verify", "chat", "compare", "serve", "doctor")
+VERBS = ("train", "plan", "inspect", "export", "verify", "chat", "compare", "serve", "doctor")
 
 app = typer.Typer(
     name="pronghorn",
@@ -53,6 +53,10 @@ def main() -> None:
     except PronghornError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # a disk or a permission, which no room can mend; anything else keeps its traceback
+        print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``pronghorn verify``: does a folder keep the promises that every loader relies on?"""
+"""``pronghorn verify``: the promises of a folder, the engines that serve it, and a repaired copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import typer
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A model folder (merged or base) or an adapter folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A model folder (merged or base), an adapter folder, or GGUF.")
+    ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Load it in a fresh process and compare what it computes.")
     ] = False,
@@ -20,23 +22,62 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The base folder; by default the one recorded with the adapter.")
     ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option("--for", help="Engines that must serve it rightly, e.g. vllm,transformers."),
+    ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="With --deep: the interpreter of a vLLM that opens it, too.")
+    ] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a repaired copy to this folder; with --base, from the base.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Exit with 0 although something could not be checked.")
     ] = False,
 ) -> None:
-    """Check a folder; exit non-zero with the first broken promise named."""
+    """Check a folder; exit non-zero with the first broken promise, or the first failing engine, named."""
+    from pronghorn.cli.tables import print_table
+    from pronghorn.errors import ConfigError
+
+    if vllm_python is not None and not deep:
+        raise ConfigError("--vllm-python opens the folder, and --deep was not given", fix="add --deep")
+    if fix is not None:
+        folder = _repaired(folder, fix, base)
     from pronghorn.export.verify import verify as run
 
-    report = run(folder, deep=deep, against=against, base=base)
+    report = run(folder, deep=deep, against=against, base=base, vllm_python=vllm_python)
     if as_json:
         typer.echo(report.to_json())
     else:
-        from pronghorn.cli.tables import print_table
-
         print_table(
             f"verify {report.folder} ({report.kind})",
             ("promise", "kept", "detail"),
             ((row.name, row.ok, row.detail) for row in report.rows),
         )
+        if report.engines:
+            print_table("engines, told from the files", ("engine", "serves it", "detail"),
+                        ((one.name, one.ok, one) for one in report.engines))  # fmt: skip
+    if engines is not None:
+        report.raise_unless_served(engines)
+        _adapter_served(report.kind, folder, base, engines)
     report.raise_if_broken(allow_unverified=allow_unverified)
+
+
+def _repaired(folder: Path, target: Path, base: Path | None) -> Path:
+    from pronghorn.export.repair import repair
+
+    done = repair(folder, target, base=base)
+    typer.echo(f"repaired copy of {folder}: {target}")
+    for line in done.changes or ("nothing needed a repair",):
+        typer.echo(f"  {line}")
+    return target
+
+
+def _adapter_served(kind: str, folder: Path, base: Path | None, engines: str) -> None:
+    """An adapter for vLLM: the pre-flight of ``pronghorn serve``."""
+    if kind == "adapter" and "vllm" in engines:
+        from pronghorn.serving.vllm import plan_serving
+
+        plan_serving(folder, base=base)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pronghorn.data.options import Format
+from pronghorn.data.preference import LAYOUTS as PREFERENCE_LAYOUTS
 from pronghorn.data.report import SHOWN, Check, Places
 from pronghorn.data.tally import PartTally, Tally
 from pronghorn.data.templates import ChatTemplate
@@ -23,13 +25,30 @@ ROW_CHECKS = {
         False,
         "rows whose answer a server opens with text that is not in the row (an opened <think>)",
     ),
-    "lost_text": (False, "answers of which the chat template leaves text out"),
+    "marks": (
+        False,
+        "rows whose earlier answers the template rewrites: they train where its generation marks are, not as "
+        "they are served; data.rewritten=split gives one row per answer, each as served",
+    ),
+    "lost_text": (False, "answers of which the chat template leaves out text, thoughts or tool calls"),
     "special_text": (
         False,
         "conversations whose text spells special tokens, which the model will take for real ones",
     ),
     "no_bos": (False, "rows without the BOS that the tokenizer puts before plain text"),
 }
+PREFERENCE_CHECKS = {
+    **{name: rule for name, rule in ROW_CHECKS.items() if name != "marks"},
+    "equal_answers": (
+        True,
+        "rows whose chosen and rejected answer are the same tokens: nothing is preferred",
+    ),
+    "contradiction": (False, "rows that choose what an earlier row with the same prompt rejects, and back"),
+    "boundary": (False, "prompts whose last token merges with the answer: they train without that end"),
+    "repeated_prompt": (False, "rows of plain text whose answers both begin with the prompt again"),
+}
+PROMPT_CHECKS = {name: ROW_CHECKS[name] for name in ("bos", "serving", "special_text", "no_bos")}
+_PLAIN = ("prompt_completion", *PREFERENCE_LAYOUTS)  # layouts that come as text and as messages
 
 
 def run_checks(
@@ -38,6 +57,7 @@ def run_checks(
     held: PartTally,
     tokenizer: Any,
     template: ChatTemplate | None,
+    layout: Format,
 ) -> tuple[Check, ...]:
     """Every check with its outcome, those that stop first.
 
@@ -47,15 +67,23 @@ def run_checks(
         held: hashes of the evaluation rows that came from files of their own.
         tokenizer: for its pad and eos token.
         template: None if the rows are no conversations.
+        layout: of the rows; it decides which checks there are.
     """
+    named = {"preference": PREFERENCE_CHECKS, "prompt_only": PROMPT_CHECKS}.get(layout, ROW_CHECKS)
     checks = [
         Check(name, tally.flagged[name].count == 0, stops, meaning, tally.flagged[name].places())
-        for name, (stops, meaning) in ROW_CHECKS.items()
+        for name, (stops, meaning) in named.items()
     ]
     if template is not None:
         dated = "strftime_now" in template.text and "date_string" not in template.options
         meaning = "the chat template writes today's date; fix it with data.template_options.date_string"
         checks.append(Check("date", not dated, False, meaning, Places(0, ())))
+    elif layout in _PLAIN:
+        meaning = (
+            "the rows are plain text, which trains without the chat template that this tokenizer has; "
+            "write prompts and answers as lists of messages to use it"
+        )
+        checks.append(Check("plain_text", not tokenizer.chat_template, False, meaning, Places(0, ())))
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     meaning = "the tokenizer has no pad token" if pad is None else "pad equals eos"
     # Labels are made by position, so an end token that looks like padding trains all the same.

@@ -1,4 +1,5 @@
-"""Rows of a run cut into pieces that do not depend on who works on them: what a worker is given, what a killed run
+"""Rows of a run cut into pieces that do not depend on who works on them: what a worker is given, what a
+killed run
 has finished, and how far it is."""
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ Part = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbouring rows of one source. ``number`` counts through all chunks of the run, ``file`` its sources."""
+    """Neighbouring rows of one source. ``number`` counts through all chunks of the run, ``file`` its
+    sources."""
 
     number: int
     part: Part
@@ -55,7 +57,13 @@ def _pieces(source: Source) -> Iterator[tuple[list[Line | Row | BadRow], int]]:
     size, given = 0, False
     for item in source.unparsed():
         items.append(item)
-        size += len(item.text) + 1 if isinstance(item, Line) else _size(item.value) if isinstance(item, Row) else 0
+        size += (
+            len(item.text) + 1
+            if isinstance(item, Line)
+            else _size(item.value)
+            if isinstance(item, Row)
+            else 0
+        )
         if len(items) >= ROWS or size >= BYTES:
             yield items, size
             items, size, given = [], 0, True

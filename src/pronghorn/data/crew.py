@@ -1,6 +1,7 @@
 """Processes that work on chunks side by side, each a fresh interpreter: ``python -m pronghorn.data.crew``.
 
-They are not forked, which threads of the tokenizer would not survive, and do not import the caller's script again
+They are not forked, which threads of the tokenizer would not survive, and do not import the caller's
+script again
 as ``multiprocessing`` would, so a script needs no ``if __name__ == "__main__"``.
 """
 
@@ -117,8 +118,8 @@ class _Crew:
             answer: tuple[str, str] | None = pickle.load(process.stdout)
         except (OSError, EOFError) as error:
             raise DataError(
-                f"a process that tokenises ended (exit code {process.wait()}) in chunk {chunk.number}, rows of "
-                f"{chunk.name}",
+                f"a process that tokenises ended (exit code {process.wait()}) in chunk {chunk.number}, "
+                f"rows of {chunk.name}",
                 fix="see the lines above; data.workers=0 works in this process, in less memory",
             ) from error
         finally:

@@ -1,6 +1,7 @@
 """Rows of any known layout to one of three samples: a chat, a prompt with its completion, or plain text.
 
 The layout is read from the columns. A row that cannot be used is refused here, or by the chat template.
+Rows with several answers, or none, are read in ``preference.py``.
 """
 
 from __future__ import annotations
@@ -81,8 +82,12 @@ def layouts(columns: Mapping[str, Any]) -> list[Format]:
         fits.append("prompt_completion")
     if {"instruction", "output"} <= has:
         fits.append("instruction")
+    if {"chosen", "rejected"} <= has:
+        fits.append("preference")
     if "text" in has:
         fits.append("text")
+    if "prompt" in has and not {"completion", "chosen", "rejected"} & {*columns} and not fits:
+        fits.append("prompt_only")
     return fits
 
 
@@ -108,9 +113,9 @@ def to_sample(row: Row, layout: Format, system: str | None = None) -> Sample:
         RowError: a field is missing, empty, of the wrong type or has an unknown role.
     """
     if layout == "text":
-        return Text(_text(row.value, "text"))
+        return Text(read_text(row.value, "text"))
     if layout == "prompt_completion" and isinstance(row.value.get("prompt"), str):
-        return Pair(_text(row.value, "prompt"), _text(row.value, "completion"))
+        return Pair(read_text(row.value, "prompt"), read_text(row.value, "completion"))
     chat = to_messages(row, layout)
     if system is not None and chat.messages[0]["role"] not in ("system", "developer"):
         first = {"role": "system", "content": system}
@@ -130,33 +135,33 @@ def to_messages(row: Row, layout: Format) -> Chat:
     elif layout == "instruction":
         chat = _instruction(value)
     else:
-        chat = _chat(value.get(layout), layout)
+        chat = read_chat(value.get(layout), layout)
         if layout == "conversations" and isinstance(value.get("system"), str) and value["system"].strip():
             chat = _with_system(chat, value["system"])
-    return Chat(chat.messages, chat.train, _tools(value.get("tools")))
+    return Chat(chat.messages, chat.train, read_tools(value.get("tools")))
 
 
 def _prompt_messages(value: Mapping[str, Any]) -> Chat:
-    prompt = _chat(value.get("prompt"), "prompt")
+    prompt = read_chat(value.get("prompt"), "prompt")
     completion = value.get("completion")
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    answer = _chat(completion, "completion")
+    answer = read_chat(completion, "completion")
     if not any(message["role"] == "assistant" for message in answer.messages):
         raise RowError("completion", "has no assistant message")
     return Chat(prompt.messages + answer.messages, (False,) * len(prompt.messages) + answer.train)
 
 
 def _instruction(value: Mapping[str, Any]) -> Chat:
-    question = _text(value, "instruction")
+    question = read_text(value, "instruction")
     extra = value.get("input")
     if extra is not None and not isinstance(extra, str):
-        raise RowError("input", f"must be text, this is {_kind(extra)}")
+        raise RowError("input", f"must be text, this is {kind_of(extra)}")
     if extra and extra.strip():
         question = f"{question}\n\n{extra}"
     messages = [
         {"role": "user", "content": question},
-        {"role": "assistant", "content": _text(value, "output")},
+        {"role": "assistant", "content": read_text(value, "output")},
     ]
     chat = Chat(messages, (None, None))
     system = value.get("system")
@@ -169,17 +174,22 @@ def _with_system(chat: Chat, system: str) -> Chat:
     return Chat([{"role": "system", "content": system}, *chat.messages], (None, *chat.train))
 
 
-def _chat(turns: Any, field: str) -> Chat:
+def read_chat(turns: Any, field: str) -> Chat:
+    """A list of messages, checked one by one.
+
+    Raises:
+        RowError: it is no list, it is empty, or a message breaks a rule.
+    """
     turns = _parse_json(turns, field)
     if not isinstance(turns, list):
-        raise RowError(field, f"must be a list of messages, this is {_kind(turns)}")
+        raise RowError(field, f"must be a list of messages, this is {kind_of(turns)}")
     if not turns:
         raise RowError(field, "holds no message")
     messages, train = [], []
     for index, turn in enumerate(turns):
         where = f"{field}[{index}]"
         if not isinstance(turn, dict):
-            raise RowError(where, f"must be an object with role and content, this is {_kind(turn)}")
+            raise RowError(where, f"must be an object with role and content, this is {kind_of(turn)}")
         messages.append(_message(turn, where))
         train.append(_trains(turn, where))
     return Chat(messages, tuple(train))
@@ -203,7 +213,7 @@ def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in _TEXT_FIELDS:
         if turn.get(name) is not None:
             if not isinstance(turn[name], str):
-                raise RowError(f"{where}.{name}", f"must be text, this is {_kind(turn[name])}")
+                raise RowError(f"{where}.{name}", f"must be text, this is {kind_of(turn[name])}")
             message[name] = turn[name]
     return message
 
@@ -213,7 +223,7 @@ def _role(turn: Mapping[str, Any], where: str) -> str:
     role = turn.get(key)
     if not isinstance(role, str):
         raise RowError(
-            f"{where}.{key}", "is missing" if role is None else f"must be text, this is {_kind(role)}"
+            f"{where}.{key}", "is missing" if role is None else f"must be text, this is {kind_of(role)}"
         )
     known = _ALIASES.get(role.lower(), role)
     if known not in ROLES:
@@ -227,7 +237,7 @@ def _content(content: Any, where: str) -> str | None:
     if isinstance(content, str):
         return _encodable(content, where)
     if not isinstance(content, list):
-        raise RowError(where, f"must be text, this is {_kind(content)}")
+        raise RowError(where, f"must be text, this is {kind_of(content)}")
     texts = []
     for index, part in enumerate(content):
         if isinstance(part, str):
@@ -239,7 +249,7 @@ def _content(content: Any, where: str) -> str | None:
         ):
             texts.append(part["text"])
         else:
-            kind = part.get("type", "untyped") if isinstance(part, dict) else _kind(part)
+            kind = part.get("type", "untyped") if isinstance(part, dict) else kind_of(part)
             raise RowError(f"{where}[{index}]", f"is a {kind} part; only text can be trained")
     return _encodable("".join(texts), where)
 
@@ -288,7 +298,12 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return parsed
 
 
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """The column ``tools``, which may be JSON text; None if it is empty.
+
+    Raises:
+        RowError: it is no list of objects.
+    """
     tools = _parse_json(tools, "tools")
     if not tools:
         return None
@@ -307,17 +322,23 @@ def _parse_json(value: Any, field: str) -> Any:
         raise RowError(field, f"is text that is not JSON: {error}") from error
 
 
-def _text(value: Mapping[str, Any], field: str) -> str:
+def read_text(value: Mapping[str, Any], field: str) -> str:
+    """A column that must hold text.
+
+    Raises:
+        RowError: it is missing, null, empty or of another type.
+    """
     text = value.get(field)
     if text is None:
         raise RowError(field, "is null" if field in value else "is missing")
     if not isinstance(text, str):
-        raise RowError(field, f"must be text, this is {_kind(text)}")
+        raise RowError(field, f"must be text, this is {kind_of(text)}")
     if not text.strip():
         raise RowError(field, "is empty")
     return _encodable(text, field)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
     names = {list: "a list", dict: "an object", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pronghorn.data.options import DataOptions
+from pronghorn.data.examples import Example, Piece, Shown
+from pronghorn.data.layout import find_layout
 from pronghorn.data.page import page
-from pronghorn.data.prepare import Prepared, examine, examine_sources
+from pronghorn.data.preference import LAYOUTS
+from pronghorn.data.preference_rows import examine_preferences
+from pronghorn.data.prepare import examine_sources
 from pronghorn.data.report import DataReport
-from pronghorn.data.rows import Source, from_dataset, from_rows
-from pronghorn.errors import DataError
+from pronghorn.data.rows import open_data
 
 BAR = 40  # characters of the longest bar
-EXAMPLE_TOKENS = 2000  # of each example, what is shown
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens of one kind, as text. ``special`` pieces are one special token each."""
-
-    text: str
-    trained: bool
-    special: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training row as the model sees it; ``row`` counts from 1 in the training rows."""
-
-    row: int
-    tokens: int
-    trained: int
-    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -68,8 +48,7 @@ class Inspection:
         yield _checks(self.report)
         yield Text.assemble("Examples: ", ("trained tokens", "green"), ", ", ("special tokens", "reverse"))
         for example in self.examples:
-            title = f"row {example.row}: {example.tokens} tokens, {example.trained} trained"
-            yield Panel(Group(_coloured(example)), title=title, title_align="left")
+            yield _panel(example)
 
 
 def inspect_data(
@@ -93,60 +72,33 @@ def inspect_data(
         DataError: the rows cannot be found, or mix formats.
     """
     limit = max_length or min(int(tokenizer.model_max_length), 2048)
-    prepared = _examined(data, tokenizer, limit, options)
-    return Inspection(prepared.report, _examples(prepared, tokenizer, examples))
+    train, held, chosen = open_data(data, options)
+    layout = find_layout([*train, *held], chosen)
+    shown = Shown(tokenizer, examples)
+    if layout in LAYOUTS:
+        examined = examine_preferences(layout, train, held, chosen, tokenizer, limit)
+        return Inspection(examined.report, shown.preferences(examined))
+    prepared = examine_sources(train, held, chosen, tokenizer, limit)
+    return Inspection(prepared.report, shown.rows(prepared.train))
 
 
-def _examined(data: Any, tokenizer: Any, limit: int, options: dict[str, Any]) -> Prepared:
-    if isinstance(data, DataOptions):
-        if options:
-            raise DataError("options are given twice", fix="put them into the DataOptions")
-        return examine(data, tokenizer, limit)
-    source = _in_memory(data)
-    if source is None:
-        return examine(DataOptions(train=data, **options), tokenizer, limit)
-    return examine_sources([source], [], DataOptions(train=source.name, **options), tokenizer, limit)
+def _panel(example: Example) -> Panel:
+    """A row; of a preference row the prompt, and below it both answers side by side."""
+    parts: list[RenderableType] = [_coloured(example.pieces)]
+    if example.answers:
+        sides = Table.grid(padding=(0, 2), expand=True)
+        for _ in example.answers:
+            sides.add_column(ratio=1, overflow="fold")
+        sides.add_row(*[Text(f"{one.side}: {one.tokens} tokens", style="bold") for one in example.answers])
+        sides.add_row(*[_coloured(answer.pieces) for answer in example.answers])
+        parts += [Text(), sides]
+    title = f"row {example.row}: {example.tokens} tokens, {example.trained} trained"
+    return Panel(Group(*parts), title=title, title_align="left")
 
 
-def _in_memory(data: Any) -> Source | None:
-    if isinstance(data, (str, Path)):
-        return None
-    if hasattr(data, "cache_files") and hasattr(data, "with_format"):
-        return from_dataset(data, "dataset")
-    if isinstance(data, Sequence) and data and all(isinstance(row, Mapping) for row in data):
-        return from_rows(data)
-    return None
-
-
-def _examples(prepared: Prepared, tokenizer: Any, count: int) -> tuple[Example, ...]:
-    rows = len(prepared.train)
-    chosen = sorted({index * rows // count for index in range(count)}) if rows and count > 0 else []
-    special = frozenset(tokenizer.all_special_ids) | {
-        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    return tuple(_example(prepared.train[index], index + 1, tokenizer, special) for index in chosen)
-
-
-def _example(row: Mapping[str, Any], number: int, tokenizer: Any, special: frozenset[int]) -> Example:
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    shown = list(zip(ids, labels, strict=True))[:EXAMPLE_TOKENS]
-    pieces = []
-    # Special tokens are pieces of their own, so that two in a row are seen as two.
-    keyed = [
-        (label != -100, token in special, at if token in special else -1)
-        for at, (token, label) in enumerate(shown)
-    ]
-    for (trained, is_special, _), group in groupby(zip(keyed, shown, strict=True), key=lambda pair: pair[0]):
-        text = tokenizer.decode([token for _, (token, _) in group], clean_up_tokenization_spaces=False)
-        pieces.append(Piece(text, trained, is_special))
-    if len(ids) > len(shown):
-        pieces.append(Piece(f" … and {len(ids) - len(shown)} tokens more", False, False))
-    return Example(number, len(ids), sum(label != -100 for label in labels), tuple(pieces))
-
-
-def _coloured(example: Example) -> Text:
+def _coloured(pieces: Sequence[Piece]) -> Text:
     text = Text()
-    for piece in example.pieces:
+    for piece in pieces:
         colour = "green" if piece.trained else "dim"
         text.append(piece.text.replace("\n", "↵\n"), style=f"{colour} reverse" if piece.special else colour)
     return text
@@ -171,5 +123,5 @@ def _checks(report: DataReport) -> Table:
             if check.stops
             else ("warns", "yellow")
         )
-        table.add_row(check.name, Text(*outcome), "" if check.passed else f"{check.meaning}: {check.rows}")
+        table.add_row(check.name, Text(*outcome), "" if check.passed else str(check).partition(": ")[2])
     return table

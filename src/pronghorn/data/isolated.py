@@ -17,7 +17,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from threading import Lock
 from typing import Any
 
-from pronghorn.data.templates import ChatTemplate, Prefix, RenderError
+from pronghorn.data.templates import ChatTemplate, Marked, Prefix, RenderError
 from pronghorn.errors import DataError
 
 SECONDS = 5.0  # for one conversation; ordinary ones take 40 microseconds
@@ -61,10 +61,25 @@ class IsolatedTemplate:
                 return texts
             return [self._render_one(prefix) for prefix in prefixes]
 
+    def marked(self, prefix: Prefix) -> Marked | RenderError:
+        """Render one with the spans that the template marks as generated; none if it marks nothing."""
+        with self._turn:
+            answer = self._exchange(_request([prefix], marked=True), self.seconds)
+        if answer is None:
+            return self._stopped()
+        (item,) = answer
+        if "error" in item:
+            return RenderError(item["error"])
+        return Marked(item["text"], tuple((start, end) for start, end in item["spans"]))
+
     def _render_one(self, prefix: Prefix) -> str | RenderError:
         texts = self._ask([prefix], self.seconds)
         if texts is not None:
             return texts[0]
+        return self._stopped()
+
+    def _stopped(self) -> RenderError:
+        """Count a conversation that was not finished."""
         self.stops += 1
         if self.stops > MAX_STOPS:
             raise DataError(
@@ -77,11 +92,17 @@ class IsolatedTemplate:
         )
 
     def _ask(self, prefixes: Sequence[Prefix], seconds: float) -> list[str | RenderError] | None:
+        answer = self._exchange(_request(prefixes), seconds)
+        if answer is None:
+            return None
+        return [RenderError(item["error"]) if isinstance(item, dict) else item for item in answer]
+
+    def _exchange(self, request: bytes, seconds: float) -> list[Any] | None:
         """One request and its answer; None if the process died or took too long, and was ended."""
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(_request(prefixes))
+            process.stdin.write(request)
             process.stdin.flush()
             answer = self._reader.submit(process.stdout.readline).result(seconds)
         except (FutureTimeout, OSError):
@@ -89,7 +110,8 @@ class IsolatedTemplate:
         if not answer:
             self._stop()
             return None
-        return [RenderError(item["error"]) if isinstance(item, dict) else item for item in json.loads(answer)]
+        found: list[Any] = json.loads(answer)
+        return found
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -125,14 +147,14 @@ class IsolatedTemplate:
             self._process = None
 
 
-def _request(prefixes: Sequence[Prefix]) -> bytes:
-    """Each conversation once, then which of its prefixes are wanted."""
+def _request(prefixes: Sequence[Prefix], *, marked: bool = False) -> bytes:
+    """Each conversation once, then which of its prefixes are wanted, and whether with their marks."""
     chats: dict[int, tuple[int, list[Any]]] = {}
     wanted = []
     for prefix in prefixes:
         number, _ = chats.setdefault(id(prefix.messages), (len(chats), [prefix.messages, prefix.tools]))
         wanted.append([number, prefix.end, prefix.prompt])
-    return _line({"chats": [chat for _, chat in chats.values()], "wanted": wanted})
+    return _line({"chats": [chat for _, chat in chats.values()], "wanted": wanted, "marked": marked})
 
 
 def _prefixes(request: dict[str, Any]) -> list[Prefix]:
@@ -142,6 +164,12 @@ def _prefixes(request: dict[str, Any]) -> list[Prefix]:
 
 def _line(value: Any) -> bytes:
     return json.dumps(value, default=str).encode() + b"\n"
+
+
+def _plain(found: str | Marked | RenderError) -> Any:
+    if isinstance(found, RenderError):
+        return {"error": found.reason}
+    return found if isinstance(found, str) else {"text": found.text, "spans": found.spans}
 
 
 def _limit_memory() -> None:
@@ -166,8 +194,10 @@ def _serve() -> None:
     answers.write(b"ready\n")
     answers.flush()
     for line in lines:
-        texts = template.render(_prefixes(json.loads(line)))
-        answers.write(_line([{"error": t.reason} if isinstance(t, RenderError) else t for t in texts]))
+        request = json.loads(line)
+        prefixes = _prefixes(request)
+        found = [template.marked(p) for p in prefixes] if request["marked"] else template.render(prefixes)
+        answers.write(_line([_plain(one) for one in found]))
         answers.flush()
 
 

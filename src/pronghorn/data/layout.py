@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from pronghorn.data import preference
 from pronghorn.data.formats import RowError, detect_format, layouts
 from pronghorn.data.options import FORMATS, DataOptions, Format
 from pronghorn.data.report import SHOWN
@@ -42,11 +43,31 @@ def find_template(
     """The template that rows of ``layout`` are written with; None for plain text."""
     if layout in _CHAT_LAYOUTS:
         return choose_template(tokenizer, options.template, options.template_options)
-    if layout == "prompt_completion":
-        first = next((row for source in sources for row in source.read() if isinstance(row, Row)), None)
-        if first is not None and not isinstance(renamed(first, options).value.get("prompt"), str):
-            return choose_template(tokenizer, options.template, options.template_options)
-    return None
+    first = next((row for source in sources for row in source.read() if isinstance(row, Row)), None)
+    if first is None or layout == "text":
+        return None
+    value = renamed(first, options).value
+    is_chat = (
+        preference.is_chat(value)
+        if layout in preference.LAYOUTS
+        else not isinstance(value.get("prompt"), str)
+    )
+    return choose_template(tokenizer, options.template, options.template_options) if is_chat else None
+
+
+def require_supervised(layout: Format) -> None:
+    """Raise a DataError if rows of ``layout`` do not say what to write, but what to prefer or to answer."""
+    if layout == "preference":
+        raise DataError(
+            "these are preference rows (chosen and rejected), and supervised training needs one answer",
+            fix="give rows_for_trl(...).train to TRL's DPOTrainer; or train on the chosen answers alone: "
+            "data.rename={chosen: completion}, or {chosen: messages} where they hold the prompt",
+        )
+    if layout == "prompt_only":
+        raise DataError(
+            "these rows are prompts without answers, and supervised training needs answers",
+            fix="give rows_for_trl(...).train to TRL's GRPOTrainer; or add a column completion",
+        )
 
 
 def renamed(row: Row, options: DataOptions) -> Row:
@@ -59,6 +80,8 @@ def renamed(row: Row, options: DataOptions) -> Row:
 def refuse_mixed(row: Row, layout: Format) -> None:
     """Raise a DataError if the row has another layout than the first one."""
     fits = layouts(row.value)
+    if fits == ["prompt_only"] and layout in ("prompt_completion", "preference"):
+        return  # Parquet leaves out columns that are null: the row lacks its answer, and is named for that
     if fits and fits != [layout]:
         raise DataError(
             f"the rows mix formats: the first is {layout}, {row.file}:{row.number} is {' and '.join(fits)} "

@@ -1,8 +1,11 @@
 """Whether a chat template can look into what messages say, or only write it out.
 
-A template that only writes texts out gives the same pieces between them for all conversations of the same roles:
-rendered once with placeholders, it need not be rendered again. Read from the template's syntax tree. Each operation
-on a text must commute with putting another text in its place, under conditions that ``Conditions`` collects; any
+A template that only writes texts out gives the same pieces between them for all conversations of the
+same roles:
+rendered once with placeholders, it need not be rendered again. Read from the template's syntax tree.
+Each operation
+on a text must commute with putting another text in its place, under conditions that ``Conditions``
+collects; any
 operation that is not known to do so makes the template one that is rendered for each row.
 """
 
@@ -16,8 +19,10 @@ from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-# What an expression may hold. ``text``: made of message texts and fixed strings; ``content``: surely one message's
-# whole text; ``message``: a message, or what raises if its text is asked for; ``maybe``: that or a fixed thing.
+# What an expression may hold. ``text``: made of message texts and fixed strings; ``content``: surely one
+# message's
+# whole text; ``message``: a message, or what raises if its text is asked for; ``maybe``: that or a fixed
+# thing.
 Kind = Literal["fixed", "text", "content", "texts", "message", "maybe", "messages"]
 
 _TEXT: tuple[Kind, ...] = ("text", "content")
@@ -35,20 +40,21 @@ _ASKING = ("startswith", "endswith")
 class _Generation(Extension):
     """``{% generation %}``, with which some templates mark answers: it writes what it holds."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Unproven(Exception):
+class _UnprovenError(Exception):
     """An operation that might tell one text from another."""
 
 
 @dataclass
 class Conditions:
-    """What texts must be like: they neither hold nor touch a needle, and begin and end with none of ``ends``."""
+    """What texts must be like: they neither hold nor touch a needle, and begin and end with none of
+    ``ends``."""
 
     needles: set[str] = field(default_factory=set)
     ends: set[str] = field(default_factory=set)
@@ -60,15 +66,18 @@ def conditions(template: str) -> Conditions | None:
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(template)
         return _Reader().read(tree)
-    except (TemplateError, _Unproven, RecursionError):
+    except (TemplateError, _UnprovenError, RecursionError):
         return None
 
 
 class _Reader:
-    """Goes through a template until the kinds of its variables no longer change, whatever the order of turns."""
+    """Goes through a template until the kinds of its variables no longer change, whatever the order of
+    turns."""
 
     def __init__(self) -> None:
-        self.kinds: dict[str, Kind] = {"messages": "messages"}  # of variables, ``ns.attribute`` and ``macro()``
+        self.kinds: dict[str, Kind] = {
+            "messages": "messages"
+        }  # of variables, ``ns.attribute`` and ``macro()``
         self.macros: dict[str, list[str]] = {}  # and their parameters
         self.found = Conditions()
         self.written: list[Kind] = ["fixed"]  # by the template, and by each block or macro being read
@@ -79,7 +88,7 @@ class _Reader:
             self._body(tree.body)
             if self.kinds == before:
                 return self.found
-        raise _Unproven
+        raise _UnprovenError
 
     def _bind(self, name: str, kind: Kind) -> None:
         self.kinds[name] = _joined(self.kinds.get(name, kind), kind)
@@ -90,7 +99,7 @@ class _Reader:
         for node in body:
             method = getattr(self, f"_do_{type(node).__name__.lower()}", None)
             if method is None:
-                raise _Unproven
+                raise _UnprovenError
             method(node)
 
     def _do_output(self, node: nodes.Output) -> None:
@@ -101,7 +110,7 @@ class _Reader:
     def _write(self, part: nodes.Expr) -> None:
         kind = self._kind(part)
         if kind not in ("fixed", *_TEXT):
-            raise _Unproven
+            raise _UnprovenError
         self.written[-1] = _joined(self.written[-1], kind)
 
     def _do_if(self, node: nodes.If) -> None:
@@ -115,14 +124,14 @@ class _Reader:
 
     def _do_for(self, node: nodes.For) -> None:
         if node.recursive:
-            raise _Unproven
+            raise _UnprovenError
         kind = self._kind(node.iter)
         if kind == "messages" and isinstance(node.target, nodes.Name):
             self._bind(node.target.name, "message")
         elif kind == "fixed":
             self._bind_all(node.target)
         else:
-            raise _Unproven
+            raise _UnprovenError
         if node.test is not None:
             self._truth(node.test)
         self._body(node.body)
@@ -130,9 +139,13 @@ class _Reader:
 
     def _do_assign(self, node: nodes.Assign) -> None:
         call = node.node
-        if isinstance(call, nodes.Call) and isinstance(call.node, nodes.Name) and call.node.name == "namespace":
+        if (
+            isinstance(call, nodes.Call)
+            and isinstance(call.node, nodes.Name)
+            and call.node.name == "namespace"
+        ):
             if call.args or call.dyn_args is not None or call.dyn_kwargs is not None:
-                raise _Unproven
+                raise _UnprovenError
             for each in call.kwargs:
                 self._bind(f"{_target(node.target)}.{each.key}", self._kind(each.value))
             return
@@ -149,12 +162,12 @@ class _Reader:
 
     def _do_assignblock(self, node: nodes.AssignBlock) -> None:
         if node.filter is not None:
-            raise _Unproven
+            raise _UnprovenError
         self._bind(_target(node.target), self._captured(node.body))
 
     def _do_macro(self, node: nodes.Macro) -> None:
         if any(self._kind(default) != "fixed" for default in node.defaults):
-            raise _Unproven
+            raise _UnprovenError
         self.macros[node.name] = [argument.name for argument in node.args]
         self._bind(f"{node.name}()", self._captured(node.body))
 
@@ -173,8 +186,9 @@ class _Reader:
 
     # Tests
 
-    def _truth(self, node: nodes.Expr) -> bool | None:
-        """Whether a test holds, None if that depends on more than the kinds. Parts never reached are not read."""
+    def _truth(self, node: nodes.Node) -> bool | None:
+        """Whether a test holds, None if that depends on more than the kinds. Parts never reached are not
+        read."""
         if isinstance(node, nodes.Not):
             truth = self._truth(node.node)
             return None if truth is None else not truth
@@ -208,6 +222,8 @@ class _Reader:
 
     def _key_of_message(self, node: nodes.Node) -> str | None:
         """The name of what is taken out of a message here, if anything is."""
+        if not isinstance(node, (nodes.Getattr, nodes.Getitem)):
+            return None
         key: object = None
         if isinstance(node, nodes.Getattr):
             key = node.attr
@@ -228,11 +244,11 @@ class _Reader:
             return kind
         if isinstance(node, (nodes.Literal, nodes.BinExpr, nodes.UnaryExpr, nodes.Slice, nodes.Pair)):
             return self._all_fixed(node)
-        raise _Unproven
+        raise _UnprovenError
 
     def _all_fixed(self, node: nodes.Node) -> Kind:
         if any(self._kind(child) != "fixed" for child in node.iter_child_nodes()):
-            raise _Unproven
+            raise _UnprovenError
         return "fixed"
 
     def _of_templatedata(self, node: nodes.TemplateData) -> Kind:
@@ -242,7 +258,7 @@ class _Reader:
         """A namespace that holds texts, or a macro, is only good for what is done with it by name."""
         holds = any(key.startswith(f"{node.name}.") and self.kinds[key] != "fixed" for key in self.kinds)
         if holds or node.name in ("self", "caller", "varargs", "kwargs", "loop", *self.macros):
-            raise _Unproven
+            raise _UnprovenError
         return self.kinds.get(node.name, "fixed")
 
     def _of_nsref(self, node: nodes.NSRef) -> Kind:
@@ -260,7 +276,7 @@ class _Reader:
         if kind == "fixed":
             return "fixed"
         if kind not in _MESSAGE or not isinstance(key, str) or hasattr(dict, key):
-            raise _Unproven
+            raise _UnprovenError
         if key != "content":
             return "fixed"
         return "content" if kind == "message" else "text"
@@ -274,7 +290,7 @@ class _Reader:
             self._all_fixed(node.arg)
             return "messages"
         if self._kind(node.arg) != "fixed":
-            raise _Unproven
+            raise _UnprovenError
         if kind == "messages":
             return "message"
         return "text" if kind == "texts" else self._member(kind, key)
@@ -282,7 +298,7 @@ class _Reader:
     def _of_concat(self, node: nodes.Concat) -> Kind:
         kinds = [self._kind(part) for part in node.nodes]
         if any(kind not in ("fixed", *_TEXT) for kind in kinds):
-            raise _Unproven
+            raise _UnprovenError
         return "text" if any(kind in _TEXT for kind in kinds) else "fixed"
 
     def _of_add(self, node: nodes.Add) -> Kind:
@@ -315,7 +331,7 @@ class _Reader:
         if kind == "fixed":
             return self._all_fixed(node)
         if node.name not in _TESTS or node.args or node.kwargs:
-            raise _Unproven
+            raise _UnprovenError
         return "fixed"
 
     def _of_compare(self, node: nodes.Compare) -> Kind:
@@ -334,23 +350,23 @@ class _Reader:
                 if not isinstance(right, nodes.Const) or isinstance(right.value, str):
                     self._needle(right)
                 return "fixed"
-        raise _Unproven
+        raise _UnprovenError
 
     def _needle(self, node: nodes.Node) -> None:
         if not isinstance(node, nodes.Const) or not isinstance(node.value, str):
-            raise _Unproven
+            raise _UnprovenError
         if node.value:
             self.found.needles.add(node.value)
 
     def _of_filter(self, node: nodes.Filter) -> Kind:
         if node.node is None:
-            raise _Unproven
+            raise _UnprovenError
         kind = self._kind(node.node)
         for argument in (*node.args, *(each.value for each in node.kwargs)):
             if self._kind(argument) != "fixed":
-                raise _Unproven
+                raise _UnprovenError
         if node.dyn_args is not None or node.dyn_kwargs is not None:
-            raise _Unproven
+            raise _UnprovenError
         if kind == "fixed":
             return kind
         if kind in _TEXT and node.name == "trim" and not node.args and not node.kwargs:
@@ -365,19 +381,27 @@ class _Reader:
             return "fixed"
         if kind in ("texts", "messages") and node.name in ("first", "last"):
             return "text" if kind == "texts" else "message"
-        by_role = node.args and isinstance(node.args[0], nodes.Const) and node.args[0].value == "role"
-        if kind == "messages" and (node.name == "list" or (node.name in ("selectattr", "rejectattr") and by_role)):
+        key = node.args[0].value if node.args and isinstance(node.args[0], nodes.Const) else None
+        by_role = isinstance(key, str) and not hasattr(dict, key) and not {"content", ""} & {*key.split(".")}
+        if kind == "messages" and (
+            node.name == "list" or (node.name in ("selectattr", "rejectattr") and by_role)
+        ):
             return "messages"
-        raise _Unproven
+        raise _UnprovenError
 
     def _of_call(self, node: nodes.Call) -> Kind:
         if node.dyn_args is not None or node.dyn_kwargs is not None:
-            raise _Unproven
+            raise _UnprovenError
         if isinstance(node.node, nodes.Getattr):
             kind = self._kind(node.node.node)
             if kind in _TEXT:
                 return self._of_method(node.node.attr, node)
-            if kind in _MESSAGE and node.node.attr == "get" and node.args and isinstance(node.args[0], nodes.Const):
+            if (
+                kind in _MESSAGE
+                and node.node.attr == "get"
+                and node.args
+                and isinstance(node.args[0], nodes.Const)
+            ):
                 for other in node.args[1:]:
                     self._all_fixed(other)
                 return _joined(self._member(kind, node.args[0].value), "fixed")
@@ -385,17 +409,21 @@ class _Reader:
             return self._of_macro_call(node.node.name, node)
         values = (*node.args, *(each.value for each in node.kwargs))
         if any(self._kind(value) != "fixed" for value in values) or self._kind(node.node) != "fixed":
-            raise _Unproven
+            raise _UnprovenError
         return "fixed"
 
     def _of_method(self, name: str, node: nodes.Call) -> Kind:
         if node.kwargs or len(node.args) > 1 + (name == "split"):
-            raise _Unproven
+            raise _UnprovenError
         if name in _INLINE and not node.args:
             self.found.trims = True
             return "text"
-        if not node.args or not isinstance(node.args[0], nodes.Const) or not isinstance(node.args[0].value, str):
-            raise _Unproven
+        if (
+            not node.args
+            or not isinstance(node.args[0], nodes.Const)
+            or not isinstance(node.args[0].value, str)
+        ):
+            raise _UnprovenError
         if name in _INLINE:
             self.found.ends |= {*node.args[0].value}
             return "text"
@@ -406,13 +434,16 @@ class _Reader:
             return "texts"
         if name in _ASKING:
             return "fixed"
-        raise _Unproven
+        raise _UnprovenError
 
     def _of_macro_call(self, name: str, node: nodes.Call) -> Kind:
         names = self.macros[name]
         if len(node.args) > len(names) or any(each.key not in names for each in node.kwargs):
-            raise _Unproven
-        given = {**dict(zip(names, node.args, strict=False)), **{each.key: each.value for each in node.kwargs}}
+            raise _UnprovenError
+        given = {
+            **dict(zip(names, node.args, strict=False)),
+            **{each.key: each.value for each in node.kwargs},
+        }
         for parameter in names:
             self._bind(parameter, self._kind(given[parameter]) if parameter in given else "fixed")
         return self.kinds.get(f"{name}()", "fixed")
@@ -427,7 +458,7 @@ def _target(node: nodes.Node) -> str:
         return f"{node.name}.{node.attr}"
     if isinstance(node, nodes.Name):
         return str(node.name)
-    raise _Unproven
+    raise _UnprovenError
 
 
 def _joined(one: Kind, other: Kind) -> Kind:
@@ -435,7 +466,11 @@ def _joined(one: Kind, other: Kind) -> Kind:
     if one == other:
         return one
     kinds = {one, other}
-    for known, wider in ((("fixed", *_TEXT), "text"), (("fixed", *_MESSAGE), "maybe"), (("fixed", "texts"), "texts")):
+    for known, wider in (
+        (("fixed", *_TEXT), "text"),
+        (("fixed", *_MESSAGE), "maybe"),
+        (("fixed", "texts"), "texts"),
+    ):
         if kinds <= {*known}:
             return wider  # type: ignore[return-value]  # the literals of the line above
-    raise _Unproven
+    raise _UnprovenError

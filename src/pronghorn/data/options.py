@@ -7,12 +7,14 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Format = Literal["messages", "conversations", "prompt_completion", "instruction", "text"]
+Format = Literal[
+    "messages", "conversations", "prompt_completion", "instruction", "text", "preference", "prompt_only"
+]
 LossOn = Literal["assistant", "last_assistant", "all"]
 Rewritten = Literal["refuse", "last_turn", "split"]
 TooLong = Literal["truncate", "drop"]
 
-STOPPING_CHECKS = ("bos", "end_token", "masked", "serving")
+STOPPING_CHECKS = ("bos", "end_token", "masked", "serving", "equal_answers")
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -81,10 +83,11 @@ class DataOptions(BaseModel):
         default=None,
         ge=0,
         le=256,
-        description="processes that tokenise; 0 = none but this one, empty = one for each core, for large files",
+        description="processes that tokenise; 0 = this one alone, empty = one a core, for large files",
     )
     cache: bool = Field(
-        default=True, description="use tokenised rows of an earlier run on the same data, also of one that was killed"
+        default=True,
+        description="use tokenised rows of an earlier run on the same data, also of one that was killed",
     )
 
     @field_validator("train", "eval", mode="before")

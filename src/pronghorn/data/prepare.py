@@ -12,7 +12,7 @@ from typing import Any
 from pronghorn.data.checks import run_checks
 from pronghorn.data.chunks import Part, chunks
 from pronghorn.data.crew import done, workers_for
-from pronghorn.data.layout import find_layout, find_template
+from pronghorn.data.layout import find_layout, find_template, require_supervised
 from pronghorn.data.options import DataOptions
 from pronghorn.data.packing import write_bins
 from pronghorn.data.progress import Progress, Say
@@ -38,9 +38,7 @@ class Prepared:
     bins: Any | None = None
 
 
-def prepare(
-    options: DataOptions, tokenizer: Any, max_length: int, *, say: Say | None = None
-) -> Prepared:
+def prepare(options: DataOptions, tokenizer: Any, max_length: int, *, say: Say | None = None) -> Prepared:
     """Read, check, render, tokenise and mask the rows of a run.
 
     Args:
@@ -58,9 +56,7 @@ def prepare(
     return prepared
 
 
-def examine(
-    options: DataOptions, tokenizer: Any, max_length: int, *, say: Say | None = None
-) -> Prepared:
+def examine(options: DataOptions, tokenizer: Any, max_length: int, *, say: Say | None = None) -> Prepared:
     """Like ``prepare``, for looking: bad rows and failed checks are in the report and stop nothing."""
     train = [open_source(name, options) for name in options.train]
     held = [open_source(name, options) for name in options.eval]
@@ -80,6 +76,7 @@ def examine_sources(
     check_tokenizer(tokenizer)
     budget = _budget(options, max_length)
     layout = find_layout([*train, *held], options)
+    require_supervised(layout)
     template = find_template(layout, [*train, *held], tokenizer, options)
     data_hash = content_hash([*train, *held])
     target = cache_root() / cache_key(data_hash, options, tokenizer, template, max_length)
@@ -88,7 +85,7 @@ def examine_sources(
     job = Job(tokenizer, template, layout, options, max_length)
     with folder_for(target, resume=options.cache) as folder:
         tally, trained, evaluated = _tokenise(job, folder, train, held, say)
-        chosen = _held_out(trained.hashes, options.eval_fraction, options.seed)
+        chosen = held_out(trained.hashes, options.eval_fraction, options.seed)
         report = DataReport(
             format=layout,
             sources=(*options.train, *options.eval),
@@ -106,7 +103,7 @@ def examine_sources(
             histogram=tally.histogram(),
             tokens=tally.tokens,
             trained_tokens=tally.trained_tokens,
-            checks=run_checks(tally, trained, evaluated, tokenizer, template),
+            checks=run_checks(tally, trained, evaluated, tokenizer, template, layout),
             data_hash=data_hash,
             template=template.origin if template else None,
             template_hash=template.hash if template else None,
@@ -152,7 +149,7 @@ def _budget(options: DataOptions, max_length: int) -> int | None:
     return budget
 
 
-def _held_out(hashes: array[int], fraction: float, seed: int) -> list[int]:
+def held_out(hashes: array[int], fraction: float, seed: int) -> list[int]:
     """Rows set aside: those of smallest seeded hash. Equal rows never part, and order does not matter."""
     if not fraction or len(hashes) < 2:
         return []

@@ -43,6 +43,21 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Preference rows: mean tokens of the answers, and the share of rows that choose the longer one."""
+
+    chosen: float
+    rejected: float
+    longer: float
+
+    def __str__(self) -> str:
+        return (
+            f"chosen have {self.chosen:.0f} tokens on average, rejected {self.rejected:.0f}; "
+            f"the longer one is chosen in {self.longer:.0%} of rows"
+        )
+
+
+@dataclass(frozen=True)
 class DataReport:
     """The account of the rows of one run, training and evaluation together unless a name says otherwise."""
 
@@ -67,6 +82,7 @@ class DataReport:
     template: str | None
     template_hash: str | None
     packing: Packing | None = None
+    answers: Answers | None = None
     cached: bool = False
 
     @property
@@ -89,6 +105,7 @@ class DataReport:
         for name in ("dropped", "truncated", "rewritten"):
             known[name] = _places(known[name])
         known["packing"] = Packing(**known["packing"]) if known["packing"] else None
+        known["answers"] = Answers(**known["answers"]) if known["answers"] else None
         known["sources"] = tuple(known["sources"])
         known["histogram"] = tuple((low, count) for low, count in known["histogram"])
         known["bad_rows"] = tuple(BadRow(**row) for row in known["bad_rows"])
@@ -107,14 +124,21 @@ class DataReport:
         for check in self.failed(stops=False):
             yield Text(f"! {check}", style="yellow")
 
+    def _trained(self) -> str:
+        if self.format == "prompt_only":
+            return "all of prompts: what trains is written during the training"
+        return f"of which {self.trained_tokens} train ({self.trained_share:.1%})"
+
     def _lines(self) -> list[tuple[str, str]]:
         cached = ", tokenised before" if self.cached else ""
         lines = [
             ("rows", f"{self.rows_read} read from {', '.join(self.sources)} ({self.format}{cached})"),
             ("used", f"{self.train_rows} to train, {self.eval_rows} to evaluate"),
-            ("tokens", f"{self.tokens}, of which {self.trained_tokens} train ({self.trained_share:.1%})"),
+            ("tokens", f"{self.tokens}, {self._trained()}"),
             ("longest row", f"{self.longest} tokens (limit {self.max_length})"),
         ]
+        if self.answers:
+            lines.append(("answers", str(self.answers)))
         if self.packing:
             lines.append(("packed", str(self.packing)))
         if self.template:

@@ -279,6 +279,37 @@ def from_rows(rows: Sequence[Mapping[str, Any]], name: str = "rows") -> Source:
     return Source(name, (), read, stamp=digest.hexdigest())
 
 
+def open_data(data: Any, options: Mapping[str, Any]) -> tuple[list[Source], list[Source], DataOptions]:
+    """Rows to train and to evaluate on, opened, from whatever a person has at hand.
+
+    Args:
+        data: a file, folder or hub id, several of them, ``DataOptions``, a list of rows, or a ``Dataset``.
+        options: fields of ``DataOptions``; none if ``data`` is one.
+
+    Raises:
+        DataError: the rows cannot be found, or options are given twice.
+    """
+    if isinstance(data, DataOptions):
+        if options:
+            raise DataError("options are given twice", fix="put them into the DataOptions")
+        chosen, train = data, None
+    else:
+        train = _in_memory(data)
+        chosen = DataOptions(train=train.name if train else data, **options)
+    opened = [train] if train else [open_source(name, chosen) for name in chosen.train]
+    return opened, [open_source(name, chosen) for name in chosen.eval], chosen
+
+
+def _in_memory(data: Any) -> Source | None:
+    if isinstance(data, (str, Path)):
+        return None
+    if hasattr(data, "cache_files") and hasattr(data, "with_format"):
+        return from_dataset(data, "dataset")
+    if isinstance(data, Sequence) and data and all(isinstance(row, Mapping) for row in data):
+        return from_rows(data)
+    return None
+
+
 def without_nulls(value: Any) -> Any:
     """Drop the keys Arrow adds as null because another row's struct has them."""
     if isinstance(value, dict):

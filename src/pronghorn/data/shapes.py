@@ -1,7 +1,10 @@
-"""Conversations of equal roles, rendered once with placeholders and then filled in, where that is proven exact.
+"""Conversations of equal roles, rendered once with placeholders and then filled in, where that is proven
+exact.
 
-``opaque`` reads from a template under which conditions it cannot tell one text from another. A row that meets them
-gets the text and the spans that ``spans.locate`` would give it, without another rendering: a tenth of the time.
+``opaque`` reads from a template under which conditions it cannot tell one text from another. A row that
+meets them
+gets the text and the spans that ``spans.locate`` would give it, without another rendering: a tenth of
+the time.
 All other rows, and all rows of other templates, go through ``spans.locate``.
 """
 
@@ -16,7 +19,7 @@ from pronghorn.data.formats import Chat, RowError
 from pronghorn.data.opaque import ROLES, Conditions, conditions
 from pronghorn.data.options import LossOn
 from pronghorn.data.spans import Located, RewrittenTurn, locate
-from pronghorn.data.templates import ChatTemplate, Prefix, Renderer, RenderError
+from pronghorn.data.templates import ChatTemplate, Marked, Prefix, Renderer, RenderError
 
 _FIRST = 0xE000  # placeholders are single characters of Unicode's private use area, which no template writes
 _MOST = 256  # messages of a conversation, and shapes of a run; whatever is beyond is rendered
@@ -43,7 +46,9 @@ class Shapes:
         self.loss_on = loss_on
         self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         found = conditions(template.text) if template.single and template.plain else None
-        known = found is not None and not _PLACEHOLDER.search("".join([template.text, str(template.options), *names]))
+        known = found is not None and not _PLACEHOLDER.search(
+            "".join([template.text, str(template.options), *names])
+        )
         self.texts = _Free(found, names) if found is not None and known else None
         self._shapes: dict[_Key, _Shape | None] = {}
 
@@ -102,11 +107,15 @@ class _Recorder:
         self.texts += [text for text in rendered if isinstance(text, str)]
         return rendered
 
+    def marked(self, prefix: Prefix) -> Marked | RenderError:
+        return self.renderer.marked(prefix)
+
 
 def _same_for_all_texts(text: str, item: Located) -> bool:
     """Whether a prefix agrees with the whole equally far whatever stands for the placeholders.
 
-    Where they part, both must be fixed text. A turn that closes before that point does so at a special token (see
+    Where they part, both must be fixed text. A turn that closes before that point does so at a special
+    token (see
     ``spans``), which must have fixed text only behind it.
     """
     whole = item.text
@@ -128,13 +137,18 @@ class _Free:
         self.needles = "\0".join(needles)
         self.inside = re.compile("|".join(map(re.escape, needles)) or "(?!)")
         # A needle that reaches over the end of a text begins within it, with the needle's first character.
-        self.beginning = re.compile(f"[{re.escape(''.join({each[0] for each in needles}))}]" if needles else "(?!)")
-        self.end = re.compile(f"[{re.escape(''.join({each[-1] for each in needles}))}]" if needles else "(?!)")
+        self.beginning = re.compile(
+            f"[{re.escape(''.join({each[0] for each in needles}))}]" if needles else "(?!)"
+        )
+        self.end = re.compile(
+            f"[{re.escape(''.join({each[-1] for each in needles}))}]" if needles else "(?!)"
+        )
         self.ends = "".join(found.ends)
         self.trims = found.trims
 
     def hold(self, text: str) -> bool:
-        """Whether the text neither holds nor touches a needle, and begins and ends with nothing that is cut."""
+        """Whether the text neither holds nor touches a needle, and begins and ends with nothing that is
+        cut."""
         if not text or text.isspace() or (self.trims and (text[0].isspace() or text[-1].isspace())):
             return False
         if self.ends and (text[0] in self.ends or text[-1] in self.ends):

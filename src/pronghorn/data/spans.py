@@ -16,6 +16,7 @@ from pronghorn.data.formats import REASONING, Chat, RowError
 from pronghorn.data.options import LossOn
 from pronghorn.data.templates import Prefix, Renderer, RenderError
 
+_THINK = re.compile(r"</?think>")  # templates move inline thoughts about, and write their own tags
 LONGEST_SPECIAL = 64  # characters; the longest special tokens in use have about 30
 
 
@@ -126,7 +127,7 @@ class _Job:
                 if start < 0:
                     return RewrittenTurn(full, index)
             spans.append((start, end))
-            if not _holds(full[start:end], self.chat.messages[index]):
+            if not holds(full[start:end], self.chat.messages[index]):
                 flags.add("lost_text")
         return Located(full, tuple(spans), tuple(sorted(flags)))
 
@@ -137,7 +138,7 @@ class _Job:
         """
         if full.startswith(closing):
             return len(closing)
-        agreed = _agreement(closing, full)
+        agreed = agreement(closing, full)
         ends = [m.start() for m in self.special.finditer(closing, max(0, agreed - LONGEST_SPECIAL))]
         fitting = [at for at in ends if at <= agreed and full.endswith(closing[at:])]
         return fitting[-1] if fitting else -1
@@ -148,19 +149,39 @@ class _Job:
         That is as far as both agree, which must lie behind all earlier messages; -1 if not.
         """
         before = template.render([Prefix(self.chat.messages, index, self.chat.tools)])[0]
-        agreed = _agreement(opening, full)
+        agreed = agreement(opening, full)
         if isinstance(before, RenderError) or not full.startswith(before) or agreed < len(before):
             return -1
         return agreed
 
 
-def _agreement(one: str, other: str) -> int:
+def agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Length of the longest common start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _holds(text: str, message: Mapping[str, Any]) -> bool:
-    """Whether the rendered turn holds all that the message says and thinks."""
-    parts = [message.get("content")] + [message.get(name) for name in REASONING]
-    return all(part.strip() in text for part in parts if part)
+def holds(text: str, message: Mapping[str, Any]) -> bool:
+    """Whether the rendered turn holds all that the message says, thinks and calls."""
+    said = [part for name in ("content", *REASONING) for part in _THINK.split(message.get(name) or "")]
+    called = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    return all(part.strip() in text for part in (*said, *called))
+
+
+def marked_spans(template: Renderer, chat: Chat, chosen: Sequence[int]) -> Located | RowError | None:
+    """The spans that the template itself marks as generated, of the ``chosen`` messages.
+
+    None if the template has no marks, or if they cannot be told apart by message.
+    """
+    marked = template.marked(Prefix(chat.messages, len(chat.messages), chat.tools))
+    if isinstance(marked, RenderError):
+        return RowError("messages", marked.reason)
+    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if len(marked.spans) != len(answers) or not set(chosen) <= set(answers):
+        return None
+    spans = [span for index, span in zip(answers, marked.spans, strict=True) if index in chosen]
+    lost = not all(
+        holds(marked.text[start:end], chat.messages[index])
+        for index, (start, end) in zip(chosen, spans, strict=True)
+    )
+    return Located(marked.text, tuple(spans), ("lost_text", "marks") if lost else ("marks",))

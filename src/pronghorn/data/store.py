@@ -1,4 +1,5 @@
-"""Tokenised rows on disk: memory-mapped Arrow files, one for each chunk, in a folder named by all that made it."""
+"""Tokenised rows on disk: memory-mapped Arrow files, one for each chunk, in a folder named by all that
+made it."""
 
 from __future__ import annotations
 
@@ -84,7 +85,9 @@ def keep_shard(folder: Path, name: str, tally: Tally, part: PartTally) -> None:
             file,
             counts=np.frombuffer(json.dumps(counts).encode(), np.uint8),
             lengths=np.asarray(tally.lengths),
-            **{each: np.asarray(getattr(part, each)) for each in _PART},
+            hashes=np.asarray(part.hashes),
+            files=np.asarray(part.files),
+            numbers=np.asarray(part.numbers),
         )
         file.flush()
         for written in (rows, file):
@@ -155,7 +158,8 @@ def cache_root() -> Path:
 def folder_for(target: Path, *, resume: bool) -> Iterator[Path]:
     """A folder to write into; ``keep`` gives it its name.
 
-    With ``resume`` it is the one that a run that was killed has left, if there is one and nobody else writes to it.
+    With ``resume`` it is the one that a run that was killed has left, if there is one and nobody else
+    writes to it.
     An error removes it, for it would come again; being interrupted does not.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from pronghorn.errors import DataError
 
 _LIBRARY = resources.files("pronghorn.data") / "chat_templates"
 _SUFFIX = ".jinja"
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,23 @@ class Prefix:
     prompt: bool = False  # end with the opening of an assistant turn (add_generation_prompt)
 
 
+@dataclass(frozen=True)
+class Marked:
+    """A rendered conversation and the ``[start, end)`` characters inside its ``{% generation %}`` marks."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
 class Renderer(Protocol):
     """Renders conversations, here or in another process."""
 
     def render(self, prefixes: Sequence[Prefix]) -> list[str | RenderError]:
         """Render each; those the template raises on become a ``RenderError``."""
+        ...
+
+    def marked(self, prefix: Prefix) -> Marked | RenderError:
+        """Render one with the spans that the template marks as generated; none if it marks nothing."""
         ...
 
 
@@ -83,14 +98,38 @@ class ChatTemplate:
                 texts[index] = text
         return texts
 
+    def marked(self, prefix: Prefix) -> Marked | RenderError:
+        """Render one with the spans that the template marks as generated; none if it marks nothing."""
+        try:
+            template = self.tokenizer.get_chat_template(None if self.own else self.text, prefix.tools)
+            texts, spans = render_jinja_template(
+                [prefix.messages[: prefix.end]],
+                tools=prefix.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=bool(_MARK.search(template)),
+                **{**self.tokenizer.special_tokens_map, **self.options},
+            )
+        except Exception as error:  # a template may raise anything
+            return RenderError(f"the chat template raised {type(error).__name__}: {error}")
+        return Marked(texts[0], tuple((start, end) for start, end in (spans[0] if spans else ())))
+
     def ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        prompt: bool = False,
     ) -> list[int]:
         """Token ids as a server makes them: ``apply_chat_template(tokenize=True)``."""
-        text = None if self.own else self.text
         return list(
             self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=text, tokenize=True, return_dict=False, **self.options
+                messages,
+                tools=tools,
+                chat_template=None if self.own else self.text,
+                add_generation_prompt=prompt,
+                tokenize=True,
+                return_dict=False,
+                **self.options,
             )
         )
 

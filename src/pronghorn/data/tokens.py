@@ -17,7 +17,14 @@ from pronghorn.data.formats import Chat, Pair, RowError, Sample, Text
 from pronghorn.data.isolated import IsolatedTemplate
 from pronghorn.data.options import DataOptions
 from pronghorn.data.shapes import Shapes
-from pronghorn.data.spans import LONGEST_SPECIAL, Located, RewrittenTurn, locate, trained_messages
+from pronghorn.data.spans import (
+    LONGEST_SPECIAL,
+    Located,
+    RewrittenTurn,
+    locate,
+    marked_spans,
+    trained_messages,
+)
 from pronghorn.data.templates import ChatTemplate, Renderer
 from pronghorn.errors import DataError
 
@@ -240,14 +247,20 @@ class Encoder:
         return end, False
 
     def _rewritten(self, chat: Chat, turn: RewrittenTurn) -> list[EncodedRow] | RowError:
+        assert self.template is not None
+        chosen = trained_messages(chat, self.options.loss_on)
         if self.options.rewritten == "refuse":
+            marked = marked_spans(self.template, chat, chosen)
+            if isinstance(marked, RowError):
+                return marked
+            if marked is not None:
+                return self._located([marked])[0]
             return RowError(
                 f"messages[{turn.index}]",
                 "the chat template writes this message differently once others follow it, so what would be "
                 "trained is not what would be served; set data.rewritten=split (one row per answer, each as "
                 "served), data.rewritten=last_turn, or data.loss_on=last_assistant",
             )
-        chosen = trained_messages(chat, self.options.loss_on)
         parts = [
             _until(chat, index) for index in (chosen if self.options.rewritten == "split" else chosen[-1:])
         ]

@@ -143,7 +143,9 @@ class Work:
                 continue
             if self.served < SERVED_ALIKE and isinstance(sample, Chat):
                 self._compare_serving(row, sample, result)
-            kept += [(row.number, each) for each in result if self.tally.keeps(each, row, drop_long=drop_long)]
+            kept += [
+                (row.number, each) for each in result if self.tally.keeps(each, row, drop_long=drop_long)
+            ]
         return kept
 
     def _compare_serving(self, row: Row, chat: Chat, encoded: list[EncodedRow]) -> None:

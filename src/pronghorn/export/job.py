@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pronghorn.adapters.tokenizer_files import TOKENIZER_FILES
 from pronghorn.errors import VerificationError
 from pronghorn.export.merged import Progress
 from pronghorn.export.onto import Onto
 from pronghorn.export.verify import verify as check
-from pronghorn.export.vocabulary import TOKENIZER_FILES
 from pronghorn.sources.source import Source
 
 # marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -29,10 +30,12 @@ class MergeFormat:
     """What to write, and for a base in 4-bit, onto which of its values.
 
     ``onto`` "decoded": the values the adapter was trained on; "original": the 16-bit values they came from.
+    ``llama_python``: the interpreter that has llama_cpp, for the GGUF formats that its quantiser makes.
     """
 
     name: str = "merged_16bit"
     onto: Onto = "decoded"
+    llama_python: Path | None = None
 
     def __post_init__(self) -> None:
         if self.onto not in get_args(Onto):

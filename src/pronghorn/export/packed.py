@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pronghorn.adapters.tokenizer_files import CONFIG
 from pronghorn.errors import ExportError
 from pronghorn.export.files import copy_into, small_files
-from pronghorn.export.vocabulary import CONFIG
 from pronghorn.quant import nf4
 from pronghorn.quant.choose import Choice, choose
 from pronghorn.sources.resolve import read_json
@@ -111,7 +111,7 @@ def _write(shard: Shard, chosen: Collection[str], folder: Path) -> list[str]:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, entry in shard.tensors.items():
             tensor = read_tensor(shard, entry)
-            pieces = nf4.encode(tensor).tensors(name) if name in chosen else {name: tensor}
+            pieces = nf4.stored_tensors(nf4.encode(tensor), name) if name in chosen else {name: tensor}
             assert list(pieces) == list(blank[name])
             for piece in pieces.values():
                 file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -186,7 +186,10 @@ class _Builder:
         existing = self.changes.get(target, Change(shape))
         if len(existing.shape) != 2 or existing.shape[1] != rows.entry.shape[1]:
             raise self._misfit(rows.entry.name, rows.entry.shape, target, existing.shape)
-        if max(rows.indices) >= existing.shape[0]:
+        before, after = existing.shape[0], max(rows.indices) + 1
+        if after > before and {*range(before, after)} <= {*rows.indices}:
+            existing = replace(existing, shape=(after, existing.shape[1]))  # new tokens, each with its row
+        elif after > before:
             raise ExportError(
                 f"{rows.entry.name} trains row {max(rows.indices)}, but {target} has {existing.shape[0]}",
                 fix="save the resized embedding with the adapter (save_embedding_layers=True)",

@@ -21,6 +21,7 @@ from pronghorn.adapters.files import AdapterFolder, LoraPair, read_adapter
 from pronghorn.adapters.merge import tiles
 from pronghorn.adapters.portable import Blocker, blockers, refuse
 from pronghorn.adapters.record import write_record
+from pronghorn.adapters.tokenizer_files import TOKENIZER_FILES
 from pronghorn.errors import AdapterError, ExportError
 from pronghorn.export.class_modules import ClassModule, class_modules, serving_name
 from pronghorn.export.files import check_space, copy_into
@@ -28,7 +29,6 @@ from pronghorn.export.job import Job, verified
 from pronghorn.export.layout import write_header
 from pronghorn.export.merged import zero_updates
 from pronghorn.export.report import ExportReport
-from pronghorn.export.vocabulary import TOKENIZER_FILES
 from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pronghorn.weights import keymap
 from pronghorn.weights.folder import WeightFolder, open_weights

@@ -14,9 +14,11 @@ from math import prod
 from pathlib import Path
 
 from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
-from pronghorn.errors import AdapterError, ExportError, NotSupportedError, PronghornError
+from pronghorn.adapters.tokenizer_files import CONFIG, TOKENIZER_FILES, FolderEdits
+from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError, PronghornError
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
-from pronghorn.export.formats import QUANTISED, unknown_format
+from pronghorn.export.formats import QUANTISED, gguf_kinds, unknown_format
+from pronghorn.export.gguf_run import GgufJob, write_gguf
 from pronghorn.export.job import SUBFOLDER, Job, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
@@ -26,13 +28,7 @@ from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
 from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
-from pronghorn.export.vocabulary import (
-    CONFIG,
-    TOKENIZER_FILES,
-    FolderEdits,
-    merged_files,
-    remove_quantization,
-)
+from pronghorn.export.vocabulary import merged_files, remove_quantization
 from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import (
@@ -67,7 +63,9 @@ def export(
         format: "merged_16bit", the base with the adapter merged in; "w4a16", "w8a8" or "fp8", the same
             quantised for vLLM and transformers (compressed-tensors); "merged_4bit", the same in bitsandbytes'
             NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read alike; "lora",
-            the adapter as it is and its tokenizer. A MergeFormat also says onto which values of a 4-bit base.
+            the adapter as it is and its tokenizer; "gguf-q8_0" and so on, files for llama.cpp and Ollama
+            (``adapter`` may then be a whole model). A MergeFormat also says onto which values of a 4-bit
+            base.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -81,27 +79,42 @@ def export(
         VerificationError: the result broke a promise; nothing appears.
     """
     wanted = format if isinstance(format, MergeFormat) else MergeFormat(format)
-    if wanted.name not in _FORMATS:
-        message, fix = unknown_format(wanted.name)
-        raise NotSupportedError(message, fix=fix)
+    write, whole = _writer(wanted)
     started = time.perf_counter()
-    source = _find_adapter(adapter, adapter_name)
+    source = _find_adapter(adapter, adapter_name, whole=whole)
+    if source.kind is SourceKind.BASE and base is not None:
+        raise ConfigError(f"{adapter} is a whole model, which has no base", fix="leave out base (--base)")
     # the base's own code is copied, never run here; verification decides for itself
-    found = resolve_base(source, base=base, trust_remote_code=True)
+    found = (
+        source if source.kind is SourceKind.BASE else resolve_base(source, base=base, trust_remote_code=True)
+    )
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
     job = Job(source, found, goal, overwrite, verify, progress, wanted.onto)
     with _disk_errors(goal):
-        report = _FORMATS[wanted.name](job)
+        report = write(job)
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _find_adapter(adapter: str | Path, name: str | None) -> Source:
+def _writer(wanted: MergeFormat) -> tuple[Callable[[Job], ExportReport], bool]:
+    """What writes a format, and whether it takes a whole model as well as an adapter."""
+    kinds = gguf_kinds(wanted.name)
+    if wanted.llama_python is not None and kinds is None:
+        raise ConfigError(f"llama_python does nothing for the format {wanted.name}", fix="leave it out")
+    if kinds is not None:
+        return lambda job: write_gguf(GgufJob(job, kinds, wanted.llama_python, _merged)), True
+    if wanted.name not in _FORMATS:
+        message, fix = unknown_format(wanted.name)
+        raise NotSupportedError(message, fix=fix)
+    return _FORMATS[wanted.name], False
+
+
+def _find_adapter(adapter: str | Path, name: str | None, *, whole: bool) -> Source:
     local = Path(adapter).expanduser()
     folder = local if local.is_dir() else resolve(adapter).path
     chosen = choose_adapter(folder, name) if _holds_adapter(folder) else folder
     source = resolve(chosen)
-    if source.kind is not SourceKind.ADAPTER:
+    if source.kind is not SourceKind.ADAPTER and not whole:
         raise AdapterError(
             f"{adapter} is a {source.kind.value}, not an adapter", fix="give the adapter's folder"
         )

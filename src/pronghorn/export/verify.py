@@ -13,19 +13,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pronghorn.errors import PronghornError, SourceError, VerificationError
+from pronghorn.errors import ConfigError, PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
-from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Promise, Row, without_quantization
+from pronghorn.export.verify_engines import MEANING, EngineVerdict, as_json, engines_named, judge
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, FLOATS, Folder, Promise, Row, without_quantization
+from pronghorn.export.verify_gguf import check_gguf, gguf_files
+from pronghorn.export.verify_names import expected, tensors_agree
+from pronghorn.export.verify_readings import config_as_base, tokens_as_base
 from pronghorn.export.verify_tokens import special_ids_agree, template_parses, tokenizer_present
 from pronghorn.export.verify_weights import (
     config_sane,
     dtype_agrees,
     index_exact,
-    layers_complete,
     no_adapter_beside,
     no_peft_names,
     no_stale_weights,
@@ -43,7 +46,7 @@ MODEL_PROMISES: tuple[Promise, ...] = (
     no_stale_weights,
     no_adapter_beside,
     no_peft_names,
-    layers_complete,
+    tensors_agree,
     quantization_agrees,
     codes_complete,
     dtype_agrees,
@@ -53,7 +56,7 @@ MODEL_PROMISES: tuple[Promise, ...] = (
     special_ids_agree,
     template_parses,
 )
-MODEL_PROMISES_WITH_BASE: tuple[Promise, ...] = (same_as_base,)
+MODEL_PROMISES_WITH_BASE: tuple[Promise, ...] = (same_as_base, config_as_base, tokens_as_base)
 ADAPTER_PROMISES: tuple[Promise, ...] = (adapter_config_sane, adapter_complete, pairs_fit)
 ADAPTER_PROMISES_WITH_BASE: tuple[Promise, ...] = (pairs_fit_base,)
 
@@ -62,11 +65,15 @@ _RECORD = "pronghorn.json"
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked in ``folder`` (``kind``: "model" or "adapter"), one row per promise."""
+    """What was checked in ``folder`` (``kind``: "model", "adapter" or "gguf"), one row per promise.
+
+    ``engines``: what each engine makes of a model folder, told from its files.
+    """
 
     folder: Path
     kind: str
     rows: tuple[Row, ...]
+    engines: tuple[EngineVerdict, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -98,17 +105,48 @@ class VerifyReport:
             fix="write the folder again with pronghorn export, or repair the file that is named",
         )
 
+    def engine(self, name: str) -> EngineVerdict:
+        """The verdict of one engine of ``verify_engines.ENGINES``, for a model folder."""
+        return next(one for one in self.engines if one.engine == name)
+
+    def raise_unless_served(self, engines: str) -> None:
+        """Raise for the first of the named engines that does not serve the folder rightly.
+
+        Args:
+            engines: Names with commas between: vllm, transformers, transformers5, transformers4.
+
+        Raises:
+            ConfigError: a name that is no engine.
+            VerificationError: names the folder, the engine, the reasons and the way out.
+        """
+        if self.kind == "adapter":
+            return
+        for verdict in self._named(engines):
+            if not verdict.ok:
+                reasons = "; ".join(verdict.reasons)
+                raise VerificationError(
+                    f"{self.folder} in {verdict.engine}: {MEANING[verdict.outcome]}: {reasons}",
+                    fix="; ".join(verdict.fixes),
+                )
+
+    def _named(self, engines: str) -> list[EngineVerdict]:
+        try:
+            names = engines_named(engines)
+        except ValueError as error:
+            raise ConfigError(f"--for: {error}", fix="choose among these") from error
+        return [verdict for verdict in self.engines if verdict.engine in names]
+
     def to_json(self) -> str:
         """The report as one JSON object."""
         rows = [asdict(row) for row in self.rows]
-        return json.dumps(
-            {"folder": str(self.folder), "kind": self.kind, "passed": self.passed, "rows": rows}
-        )
+        told = {"folder": str(self.folder), "kind": self.kind, "passed": self.passed, "rows": rows}
+        return json.dumps({**told, "engines": as_json(self.engines)})
 
     def __str__(self) -> str:
         marks = {True: "ok", False: "BROKEN", None: "not verified"}
         lines = [f"{self.folder} ({self.kind})"]
         lines += [f"  {marks[row.ok]:<12}  {row.name}: {row.detail}" for row in self.rows]
+        lines += [f"  {one.outcome:<12}  {one.engine}: {one}" for one in self.engines]
         return "\n".join(lines)
 
 
@@ -119,35 +157,44 @@ def verify(
     against: str | Path | None = None,
     base: str | Path | None = None,
     onto: str = "decoded",
+    vllm_python: Path | None = None,
 ) -> VerifyReport:
-    """Check a model or adapter folder, made by pronghorn or by any other tool.
+    """Check a model or adapter folder, or GGUF files, made by pronghorn or by any other tool.
 
     Args:
-        folder: Merged, base or adapter folder.
+        folder: Merged, base or adapter folder; a GGUF file, or a folder of them.
         deep: Also load it, in a fresh process, and compare what it computes.
         against: The adapter folder that it was merged from. With ``deep``, logits and greedy answers must be
             those of base + adapter, computed by plain PEFT in float32.
         base: The base folder. By default the one recorded beside the adapter.
+        vllm_python: With ``deep``, the interpreter of an environment with vLLM, which opens the folder, too.
         onto: "original": of a base that was in 4-bit at training, the 16-bit values were merged onto.
 
     Raises:
         SourceError: ``folder``, ``against`` or ``base`` is not a folder, or ``folder`` holds no model.
     """
+    if found := gguf_files(Path(folder).expanduser()):
+        if deep or against is not None:
+            raise SourceError(
+                f"{folder}: GGUF files are checked by their header, they are not loaded",
+                fix="leave out deep and against (--deep, --against)",
+            )
+        place = _existing(base, "base folder") if base is not None else None
+        return VerifyReport(Path(folder).expanduser().resolve(), "gguf", check_gguf(found, place))
     path = _existing(folder, "folder")
     _require_content(path)
     adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
     base_path = _existing(base, "base folder") if base is not None else _recorded_base(adapter or path)
     if deep:
-        return _in_fresh_process(path, adapter, base_path, onto)
+        options = ["--onto", onto, *(["--vllm-python", str(vllm_python)] if vllm_python else [])]
+        return _in_fresh_process(path, adapter, base_path, options)
     return check_files(path, base_path)
 
 
 def check_files(folder: Path, base: Path | None) -> VerifyReport:
     """The shallow part: headers and JSON files only."""
     view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
-    if view.base is not None and any(
-        one.config != without_quantization(one.config) for one in (view, view.base)
-    ):
+    if view.base is not None and (_in_4bit(view) or _in_4bit(view.base)):
         view = Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
     if view.is_adapter:
         promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
@@ -155,9 +202,21 @@ def check_files(folder: Path, base: Path | None) -> VerifyReport:
         promises = MODEL_PROMISES + (MODEL_PROMISES_WITH_BASE if view.base else ())
     rows = [promise(view) for promise in promises]
     for promise, row in zip(promises, rows, strict=True):
-        if promise is layers_complete and row.ok is False and all(r.ok for r in rows if r is not row):
+        alone = promise is tensors_agree and row.ok is False and all(r.ok for r in rows if r is not row)
+        if alone and expected(view.config) is None:
             rows[rows.index(row)] = _asked_class(folder, row)
-    return VerifyReport(folder, "adapter" if view.is_adapter else "model", tuple(rows))
+    if view.is_adapter:
+        return VerifyReport(folder, "adapter", tuple(rows))
+    return VerifyReport(folder, "model", tuple(rows), judge(view, rows))
+
+
+def _in_4bit(view: Folder) -> bool:
+    """Whether the config is of a quantised folder whose weights are quantised."""
+    try:
+        packed = any(tensor.dtype not in FLOATS for tensor in view.tensors.values())
+        return packed and view.config != without_quantization(view.config)
+    except (OSError, ValueError):
+        return False  # broken promises, which say so
 
 
 def _asked_class(folder: Path, row: Row) -> Row:
@@ -165,12 +224,12 @@ def _asked_class(folder: Path, row: Row) -> Row:
     command = [sys.executable, "-m", "pronghorn.export.verify_class", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
-        answer = Row(**json.loads(done.stdout.strip().splitlines()[-1]))
-    except (IndexError, ValueError, TypeError):
+        answer = Row.of(json.loads(done.stdout.strip().splitlines()[-1]))
+    except (IndexError, ValueError, KeyError, TypeError):
         return row
     if answer.ok:
         return Row(row.name, True, f"layers differ as their class wants them ({answer.detail})")
-    return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}")
+    return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}", row.faults)
 
 
 def _existing(folder: str | Path, what: str) -> Path:
@@ -221,22 +280,25 @@ def _recorded_base(folder: Path) -> Path | None:
     return None
 
 
-def _in_fresh_process(folder: Path, against: Path | None, base: Path | None, onto: str) -> VerifyReport:
+def _in_fresh_process(
+    folder: Path, against: Path | None, base: Path | None, options: list[str]
+) -> VerifyReport:
     command = [sys.executable, "-m", "pronghorn.export.verify", str(folder), "--deep", "--json"]
     command += ["--against", str(against)] if against else []
     command += ["--base", str(base)] if base else []
-    command += ["--onto", onto]
+    command += options
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
-        return VerifyReport(folder, report["kind"], tuple(Row(**row) for row in report["rows"]))
+        files = check_files(folder, base)
+        return replace(files, rows=tuple(Row.of(row) for row in report["rows"]))
     except (IndexError, ValueError, KeyError, TypeError):
         said = done.stderr.strip().splitlines()
         reason = (
             f"the checking process ended with code {done.returncode}: {said[-1] if said else 'no message'}"
         )
         files = check_files(folder, base)
-        return VerifyReport(folder, files.kind, (*files.rows, Row("the deep check ran", None, reason)))
+        return replace(files, rows=(*files.rows, Row("the deep check ran", None, reason)))
 
 
 def _offline() -> dict[str, str]:
@@ -251,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", help="the adapter folder it was merged from")
     parser.add_argument("--base", help="the base folder; by default the recorded one")
     parser.add_argument("--onto", choices=("decoded", "original"), default="decoded", help="of a 4-bit base")
+    parser.add_argument("--vllm-python", type=Path, help="with --deep: vLLM's interpreter opens it, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--allow-unverified", action="store_true", help="0 although something was not checked"
@@ -273,7 +336,7 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         return report
     if any(row.ok is False for row in report.rows):
         skipped = Row("the deep check ran", None, "a promise about the files is broken; it was not loaded")
-        return VerifyReport(report.folder, report.kind, (*report.rows, skipped))
+        return replace(report, rows=(*report.rows, skipped))
     from pronghorn.export.verify_deep import compute_promises
 
     adapter = _adapter_folder(_existing(options.against, "adapter folder")) if options.against else None
@@ -281,7 +344,11 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
     )
     rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded")
-    return VerifyReport(report.folder, report.kind, report.rows + rows)
+    if options.vllm_python is not None and not any(row.ok is False for row in rows):
+        from pronghorn.export.verify_vllm import vllm_promises
+
+        rows += vllm_promises(report.folder, options.vllm_python)
+    return replace(report, rows=report.rows + rows)
 
 
 if __name__ == "__main__":

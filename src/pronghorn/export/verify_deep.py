@@ -3,13 +3,14 @@
 The truth is base + adapter by plain PEFT in float32, unmerged. The tolerance is not chosen: it is 1.5 x the
 error that PEFT's own float32 merge makes once rounded to the stored dtype, on the very same token ids. Models
 are loaded one after the other, so the memory needed is that of one float32 model; where not even that is
-there, weights are compared file against file and everything else is reported as not verified.
+there, weights are read at each call of their module, and answers are shorter.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +24,9 @@ from pronghorn.export.verify_class import class_agrees
 from pronghorn.export.verify_codes import settings
 from pronghorn.export.verify_decode import QUALITY, load_decoded, quality, size_told
 from pronghorn.export.verify_folder import Folder, Row, verdict
-from pronghorn.export.verify_model import Answer
+from pronghorn.export.verify_model import Answer, Whole
 from pronghorn.export.verify_stream import Comparison, compare_weights
+from pronghorn.export.verify_streamed import Streamed, streamed_bytes
 
 # The rounded reference's own error may be exceeded by half: other orders of summation, not other weights.
 REFERENCE_FACTOR = 1.5
@@ -40,6 +42,8 @@ TOKENIZER = "tokenizer opens and renders a chat as in training"
 ADAPTER_KEYS = "PEFT finds a place for every adapter tensor"
 RUNS = "it computes finite logits and generates"
 _NOT_LOADED = (LOGITS, MOVES, GREEDY)
+
+Loader = Whole | Streamed
 
 # What loading or running an unsuitable model raises; anything else is a fault of ours and ends the process.
 _FAILURES = (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, ImportError, IndexError)
@@ -114,19 +118,21 @@ def _alone(view: Folder) -> Iterator[Row]:
         return
     yield class_agrees(view.path)
     yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, view.path))
-    if (short := _too_large(view)) is not None:
-        yield Row(RUNS, None, short)
-        return
-    yield _attempt(RUNS, lambda: _runs(view))
+    with _loader(view, None) as ways:
+        if isinstance(ways, str):
+            yield Row(RUNS, None, ways)
+        else:
+            yield _attempt(RUNS, lambda: _runs(view, ways))
 
 
-def _runs(view: Folder) -> Row:
-    model = verify_model.load_model(view.path)
+def _runs(view: Folder, ways: Loader) -> Row:
+    model = ways.plain(view.path)
+    ends = verify_model.end_ids(view, view)
     batches = verify_model.prompts(view, _tokenizer(view.path))
-    answers = [verify_model.answer(model, batch, verify_model.end_ids(view, view)) for batch in batches]
+    answers = [verify_model.answer(model, batch, ends, ways.new_tokens) for batch in batches]
     finite = all(bool(torch.isfinite(verify_model.logits(model, a.ids)).all()) for a in answers)
     problems = [] if finite else ["logits are not finite"]
-    return Row(RUNS, *verdict(problems, "compared with nothing: no --against was given"))
+    return Row(RUNS, *verdict(problems, f"compared with nothing: no --against was given{ways.told}"))
 
 
 def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
@@ -138,56 +144,80 @@ def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
     home = _tokenizer_home(adapter, base.path)
     if "tokenizer_config.json" in view.names or not view.is_adapter:
         yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, home))
-    if (short := _too_large(base)) is not None:
-        yield from (Row(name, None, short) for name in _NOT_LOADED)
-        return
-    try:
-        keys, truth = _truth(view, adapter, base, Folder(home))
-    except _FAILURES as error:
-        reason = f"base + adapter cannot be computed: {_short(error)}"
-        yield from (Row(name, None, reason) for name in _NOT_LOADED)
-        return
-    yield keys
-    if settings(view):
-        yield _attempt(QUALITY, lambda: _quality(view, base, truth))
-        return
-    yield from _judge(view, base, Folder(home), truth)
+    with _loader(base, adapter) as ways:
+        if isinstance(ways, str):
+            yield from (Row(name, None, ways) for name in _NOT_LOADED)
+            return
+        try:
+            keys, truth = _truth(view, adapter, base, Folder(home), ways)
+        except _FAILURES as error:
+            reason = f"base + adapter cannot be computed: {_short(error)}"
+            yield from (Row(name, None, reason) for name in _NOT_LOADED)
+            return
+        yield keys
+        if not settings(view):
+            yield from _judge(view, base, Folder(home), truth, ways)
+        elif isinstance(ways, Whole):
+            yield _attempt(QUALITY, lambda: _quality(view, base, truth))
+        else:
+            yield Row(QUALITY, None, _need(base))
 
 
-def _truth(view: Folder, adapter: Path, base: Folder, home: Folder) -> tuple[Row, Truth]:
-    """Load base + adapter once: answers, logits, the base's logits, then merge in place for the reference."""
-    wrapped = verify_model.load_with_adapter(base.path, adapter)
+@contextmanager
+def _loader(base: Folder, adapter: Path | None) -> Iterator[Loader | str]:
+    """How models of this size are loaded here, or why they cannot be."""
+    have = verify_model.available_bytes()
+    if verify_model.needed_bytes(base) <= have:
+        yield Whole()
+    elif (least := streamed_bytes(base, adapter)) > have:
+        yield f"{_need(base)}; reading it module by module needs {least / 1e9:.1f} GB: not loaded"
+    else:
+        with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
+            yield Streamed(Path(scratch))
+
+
+def _need(base: Folder) -> str:
+    need, have = verify_model.needed_bytes(base), verify_model.available_bytes()
+    return f"one float32 model needs {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free"
+
+
+def _truth(view: Folder, adapter: Path, base: Folder, home: Folder, ways: Loader) -> tuple[Row, Truth]:
+    """Load base + adapter once: answers, logits, the base's logits, then the merged reference's."""
+    wrapped = ways.with_adapter(base.path, adapter)
     problems = verify_model.unused_adapter_tensors(wrapped, adapter)
     keys = Row(ADAPTER_KEYS, *verdict(problems, "all"))
     ends = verify_model.end_ids(base, home)
     batches = verify_model.prompts(base, _tokenizer(home.path))
-    answers = tuple(verify_model.answer(wrapped, batch, ends) for batch in batches)
+    answers = tuple(verify_model.answer(wrapped, batch, ends, ways.new_tokens) for batch in batches)
     truth = tuple(verify_model.logits(wrapped, a.ids) for a in answers)
     with wrapped.disable_adapter():
         plain = tuple(verify_model.logits(wrapped, a.ids) for a in answers)
-    merged = verify_model.merge_and_round(wrapped, base if view.is_adapter else view)
-    rounded = tuple(verify_model.logits(merged, a.ids) for a in answers)
+    with ways.reference(wrapped, base if view.is_adapter else view) as merged:
+        rounded = tuple(verify_model.logits(merged, a.ids) for a in answers)
+    if not all(bool(torch.isfinite(values).all()) for values in (*truth, *plain, *rounded)):
+        raise ValueError("its logits are not finite")
     gaps = (distance(truth, plain), distance(rounded, plain), distance(truth, rounded))
     return keys, Truth(answers, truth, rounded, *gaps)
 
 
-def _judge(view: Folder, base: Folder, home: Folder, truth: Truth) -> Iterator[Row]:
+def _judge(view: Folder, base: Folder, home: Folder, truth: Truth, ways: Loader) -> Iterator[Row]:
     """Load the folder and hold it against the truth; the truth's model is gone by now."""
     try:
         if view.is_adapter:
-            model = verify_model.load_with_adapter(base.path, view.path)
+            model = ways.with_adapter(base.path, view.path)
             ends = verify_model.end_ids(base, home)
         else:
-            model = verify_model.load_model(view.path)
+            model = ways.plain(view.path)
             ends = verify_model.end_ids(view, view)
         found = tuple(verify_model.logits(model, a.ids) for a in truth.answers)
-        answers = [verify_model.answer(model, a.ids[:, : a.prompt_tokens], ends) for a in truth.answers]
+        answers = ways.answers(model, truth.answers, found, ends)
     except _FAILURES as error:
         yield Row(LOGITS, False, f"the folder cannot be run: {_short(error)}")
         return
-    yield logits_row(distance(truth.logits, found), truth)
+    row = logits_row(distance(truth.logits, found), truth)
+    yield Row(row.name, row.ok, row.detail + ways.told)
     yield moves_row(truth, distance(truth.rounded, found))
-    yield greedy_row(truth, answers)
+    yield greedy_row(truth, answers, ways.new_tokens)
 
 
 def _quality(view: Folder, base: Folder, truth: Truth) -> Row:
@@ -235,8 +265,11 @@ def moves_row(truth: Truth, apart: Gap) -> Row:
     return Row(MOVES, None, f"{told}: too little to tell them from the base's")
 
 
-def greedy_row(truth: Truth, answers: list[Answer]) -> Row:
-    """Same tokens and same end. Answers may part where the best two tokens are closer than rounding."""
+def greedy_row(truth: Truth, answers: list[Answer], new_tokens: int = Whole.new_tokens) -> Row:
+    """Same tokens and same end, of at most ``new_tokens``.
+
+    Answers may part where the best two tokens are closer than rounding.
+    """
     problems, ties, tokens, stops = [], 0, 0, 0
     for number, (right, ours) in enumerate(zip(truth.answers, answers, strict=True)):
         for row in range(right.ids.shape[0]):
@@ -244,7 +277,7 @@ def greedy_row(truth: Truth, answers: list[Answer]) -> Row:
             shared = min(len(want), len(have))
             parted = (want[:shared] != have[:shared]).nonzero()
             tokens += len(want)
-            stops += int(len(want) < verify_model.NEW_TOKENS)
+            stops += int(len(want) < new_tokens)
             if not len(parted) and len(want) == len(have):
                 continue
             at = int(parted[0]) if len(parted) else shared
@@ -313,14 +346,6 @@ def _attempt(name: str, check: Callable[[], Row]) -> Row:
         return check()
     except _FAILURES as error:
         return Row(name, False, _short(error))
-
-
-def _too_large(view: Folder) -> str | None:
-    """Why a float32 model of this folder cannot be loaded here; None when it can."""
-    need, have = verify_model.needed_bytes(view), verify_model.available_bytes()
-    if need <= have:
-        return None
-    return f"one float32 model needs {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free: not loaded"
 
 
 def _short(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -32,23 +32,39 @@ _HEADER_CAP_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
 @dataclass(frozen=True)
+class Fault:
+    """Something that is wrong with a folder; ``code`` is its key in the table of what engines make of it."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One promise: ``ok`` is True (kept), False (broken) or None (could not be checked: "not verified")."""
 
     name: str
     ok: bool | None
     detail: str
+    faults: tuple[Fault, ...] = ()
+
+    @staticmethod
+    def of(fields: dict[str, Any]) -> Row:
+        """A row from its JSON form."""
+        faults = tuple(Fault(**fault) for fault in fields.get("faults", ()))
+        return Row(fields["name"], fields["ok"], fields["detail"], faults)
 
 
-Finding = tuple[bool | None, str]  # a row without its name
+Finding = tuple[bool | None, str] | tuple[bool | None, str, tuple[Fault, ...]]  # a row without its name
 
 
-def verdict(problems: list[str], kept: str) -> Finding:
+def verdict(problems: Sequence[str | Fault], kept: str) -> Finding:
     """Broken when there are problems (the first few are told), kept otherwise."""
     if not problems:
         return True, kept
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    return False, "; ".join(problems[:3]) + more
+    faults = tuple(one if isinstance(one, Fault) else Fault("", one) for one in problems)
+    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+    return False, "; ".join(fault.text for fault in faults[:3]) + more, faults
 
 
 class UnreadableError(ValueError):
@@ -213,7 +229,8 @@ class Promise:
         try:
             return Row(self.name, *self.check(folder))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            return Row(self.name, False, f"cannot be checked: {error}")
+            said = f"cannot be checked: {error}"
+            return Row(self.name, False, said, (Fault("unreadable", said),))
 
 
 def promise(name: str) -> Callable[[Callable[[Folder], Finding]], Promise]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import transformers
 
 from pronghorn.export.verify_class import model_class
-from pronghorn.export.verify_folder import ADAPTER_WEIGHTS, FLOATS, Folder, Tensor, read_header
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FLOATS, Folder, read_header
 from pronghorn.export.verify_tokens import token_table
 
 RANDOM_PROMPTS, RANDOM_TOKENS, CHAT_TOKENS, NEW_TOKENS = 3, 24, 64, 24
@@ -50,11 +52,11 @@ def needed_bytes(folder: Folder) -> int:
     return weights * 5 // 4 + 512 * _MIB
 
 
-def load_model(folder: Path) -> Any:
+def load_model(folder: Path, **placing: Any) -> Any:
     """The class named in config.json, float32, eager attention (the plainest code there is), on CPU."""
     found = model_class(folder)
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    return found.from_pretrained(folder, **options).eval()
+    return found.from_pretrained(folder, **options, **placing).eval()
 
 
 def load_with_adapter(base: Path, adapter: Path) -> Any:
@@ -62,10 +64,16 @@ def load_with_adapter(base: Path, adapter: Path) -> Any:
     from peft import PeftModel
 
     model = load_model(base)
-    rows = max(_vocabulary_rows(adapter), default=0)
-    if rows > model.get_input_embeddings().weight.shape[0]:
+    if (rows := vocabulary_rows(adapter)) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def vocabulary_rows(adapter: Path) -> int:
+    """Rows that the adapter's embedding or head need, 0 where it has none."""
+    listed = json.loads((adapter / ADAPTER_CONFIG).read_bytes()).get("trainable_token_indices")
+    tokens = [max(ids) + 1 for ids in listed.values()] if isinstance(listed, dict) else []
+    return max([*_vocabulary_rows(adapter), *tokens], default=0)
 
 
 def _vocabulary_rows(adapter: Path) -> Iterator[int]:
@@ -93,18 +101,29 @@ def unused_adapter_tensors(wrapped: Any, adapter: Path) -> list[str]:
 def merge_and_round(wrapped: Any, folder: Folder) -> Any:
     """The reference: PEFT's own merge in float32, each matrix rounded once to the folder's stored dtype."""
     merged = wrapped.merge_and_unload()
-    sizes: Counter[str] = Counter()
-    for tensor in folder.tensors.values():
-        if tensor.dtype in FLOATS:
-            sizes[tensor.dtype] += tensor.end - tensor.start
-    main = sizes.most_common(1)[0][0]
+    rounding = Rounding(folder)
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
-            stored = folder.tensors.get(name)
-            # a tensor of codes has no dtype to round to
-            dtype = stored.dtype if isinstance(stored, Tensor) and stored.dtype in FLOATS else main
-            parameter.copy_(parameter.to(TORCH_DTYPES[dtype]).float())
+            parameter.copy_(rounding.rounded(name, parameter))
     return merged
+
+
+class Rounding:
+    """The dtypes that a folder stores: each tensor's own, and the most frequent one for what it has not."""
+
+    def __init__(self, folder: Folder) -> None:
+        sizes: Counter[str] = Counter()
+        self._stored: dict[str, str] = {}
+        for name, tensor in folder.tensors.items():
+            # a tensor of codes has no dtype to round to
+            if tensor.dtype in FLOATS:
+                sizes[tensor.dtype] += tensor.end - tensor.start
+                self._stored[name] = tensor.dtype
+        self._main = sizes.most_common(1)[0][0]
+
+    def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """``values`` as the folder's tensor ``name`` can hold them, in float32."""
+        return values.to(TORCH_DTYPES[self._stored.get(name, self._main)]).float()
 
 
 @dataclass(frozen=True)
@@ -163,13 +182,13 @@ def end_ids(model_folder: Folder, tokenizer_folder: Folder) -> list[int]:
 
 
 @torch.no_grad()
-def answer(model: Any, batch: torch.Tensor, ends: list[int]) -> Answer:
-    """Greedy generation after each prompt of ``batch`` [B, T]: ``NEW_TOKENS``, or up to one of ``ends``."""
+def answer(model: Any, batch: torch.Tensor, ends: list[int], new_tokens: int = NEW_TOKENS) -> Answer:
+    """Greedy generation after each prompt of ``batch`` [B, T]: ``new_tokens``, or up to one of ``ends``."""
     made = model.generate(
         input_ids=batch,
         attention_mask=torch.ones_like(batch),
         generation_config=transformers.GenerationConfig(
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=ends or None,
             pad_token_id=(ends or [0])[0],
@@ -178,10 +197,25 @@ def answer(model: Any, batch: torch.Tensor, ends: list[int]) -> Answer:
         return_dict_in_generate=True,
     )
     best = torch.stack([scores.topk(2, dim=-1).values for scores in made.scores], dim=1)
-    new = made.sequences[:, batch.shape[1] :]
+    lengths = _lengths(made.sequences[:, batch.shape[1] :], ends)
+    return Answer(batch.shape[1], made.sequences, best[..., 0] - best[..., 1], lengths)
+
+
+def forced_answer(truth: Answer, found: torch.Tensor, ends: list[int]) -> Answer:
+    """What a model says greedily, read off its logits ``found`` [B, T + new, V] over the true answer.
+
+    Right up to and including the first token where it parts from the truth: what came before was the same.
+    """
+    best = found[:, truth.prompt_tokens - 1 : -1].topk(2, dim=-1)
+    new = best.indices[..., 0]
+    ids = torch.cat((truth.ids[:, : truth.prompt_tokens], new), dim=1)
+    return Answer(truth.prompt_tokens, ids, best.values[..., 0] - best.values[..., 1], _lengths(new, ends))
+
+
+def _lengths(new: torch.Tensor, ends: list[int]) -> tuple[int, ...]:
+    """Tokens of each answer [B, new] up to its first end, that included."""
     ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype)).int()
-    lengths = torch.where(ended.any(1), ended.argmax(1) + 1, new.shape[1])
-    return Answer(batch.shape[1], made.sequences, best[..., 0] - best[..., 1], tuple(lengths.tolist()))
+    return tuple(torch.where(ended.any(1), ended.argmax(1) + 1, new.shape[1]).tolist())
 
 
 @torch.no_grad()
@@ -189,3 +223,29 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, V] of a batch of token ids [B, T], float32."""
     found: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return found.float()
+
+
+class Whole:
+    """How the deep check loads and runs models of which one fits in memory."""
+
+    new_tokens = NEW_TOKENS
+    told = ""
+
+    def plain(self, folder: Path) -> Any:
+        """A model folder."""
+        return load_model(folder)
+
+    def with_adapter(self, base: Path, adapter: Path) -> Any:
+        """Base + adapter by plain PEFT."""
+        return load_with_adapter(base, adapter)
+
+    @contextmanager
+    def reference(self, wrapped: Any, folder: Folder) -> Iterator[Any]:
+        """PEFT's merge, in place, rounded to the dtypes that ``folder`` stores."""
+        yield merge_and_round(wrapped, folder)
+
+    def answers(
+        self, model: Any, truth: tuple[Answer, ...], _logits: tuple[torch.Tensor, ...], ends: list[int]
+    ) -> list[Answer]:
+        """Greedy answers to the prompts of the true ones, generated."""
+        return [answer(model, each.ids[:, : each.prompt_tokens], ends) for each in truth]

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.export.verify_folder import Finding, Folder, UnreadableError, promise, read_json, verdict
+from pronghorn.export.verify_folder import (
+    Fault,
+    Finding,
+    Folder,
+    UnreadableError,
+    promise,
+    read_json,
+    verdict,
+)
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -21,10 +29,11 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Token text -> id, and the special tokens by name, as the tokenizer files give them."""
+    """Token text -> id, the special tokens by name, and the added ones, as the tokenizer files give them."""
 
     ids: dict[str, int]
     special: dict[str, str]
+    added: frozenset[str] = frozenset()
 
     def id_of(self, name: str) -> int | None:
         """The id of ``bos_token`` and so on; None when none is named, or its id is not readable here."""
@@ -45,29 +54,31 @@ def token_table(folder: Folder) -> TokenTable:
     decoder = settings.get("added_tokens_decoder", {})
     ids.update({str(token.get("content")): int(number) for number, token in decoder.items()})
     ids.update({token["content"]: token["id"] for token in whole.get("added_tokens", [])})
+    added = frozenset(token["content"] for token in whole.get("added_tokens", []))
+    added |= {str(token.get("content")) for token in decoder.values()}
     given = {**folder.json("special_tokens_map.json"), **settings}
     texts = {
         name: given[name]["content"] if isinstance(given[name], dict) else given[name]
         for name in given
         if name in _SPECIAL
     }
-    return TokenTable(ids, {name: text for name, text in texts.items() if isinstance(text, str)})
+    return TokenTable(ids, {name: text for name, text in texts.items() if isinstance(text, str)}, added)
 
 
 @promise("tokenizer files are present and parse")
 def tokenizer_present(folder: Folder) -> Finding:
     """The tokenizer's files are there, parse, and hold tokens."""
     found = [file for file in _VOCABULARIES if file in folder.names]
-    problems = [] if found else ["no tokenizer.json (or other vocabulary file)"]
+    problems = [] if found else [Fault("no tokenizer", "no tokenizer.json (or other vocabulary file)")]
     if "tokenizer_config.json" not in folder.names:
-        problems.append("tokenizer_config.json is missing")
+        problems.append(Fault("no tokenizer config", "tokenizer_config.json is missing"))
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         try:
             folder.json(file)
         except UnreadableError as error:
-            problems.append(str(error))
+            problems.append(Fault("no tokenizer", str(error)))
     if not problems and "tokenizer.json" in found and not token_table(folder).ids:
-        problems.append("tokenizer.json holds no token")
+        problems.append(Fault("no tokenizer", "tokenizer.json holds no token"))
     return verdict(problems, ", ".join(found))
 
 
@@ -78,8 +89,13 @@ def special_ids_agree(folder: Folder) -> Finding:
     Several end ids are common (a turn's end and the text's end): then the sets must share the tokenizer's.
     """
     config = {**folder.text_config, **{k: v for k, v in folder.config.items() if v is not None}}
-    generation, table = folder.json("generation_config.json"), token_table(folder)
-    problems, told = [], []
+    table = token_table(folder)
+    problems: list[Fault] = []
+    told = []
+    try:
+        generation = folder.json("generation_config.json")
+    except UnreadableError as error:  # every engine goes on without it
+        problems, generation = [Fault("special ids differ", str(error))], {}
     for token in _SPECIAL:
         stated = {
             "config.json": _as_set(config.get(f"{token}_id")),
@@ -88,15 +104,18 @@ def special_ids_agree(folder: Folder) -> Finding:
         }
         stated = {where: ids for where, ids in stated.items() if ids}
         if token in table.special and table.id_of(token) is None and table.ids:
-            problems.append(f"{token} {table.special[token]!r} is not in the vocabulary")
+            lost = f"{token} {table.special[token]!r} is not in the vocabulary"
+            problems.append(Fault("special ids differ", lost))
         if stated and not set.intersection(*stated.values()):
             told_ids = ", ".join(f"{sorted(ids)} in {where}" for where, ids in stated.items())
-            problems.append(f"{token}_id differs: {told_ids}")
+            problems.append(Fault("special ids differ", f"{token}_id differs: {told_ids}"))
         size = config.get("vocab_size")
         every = set().union(*stated.values())
         if isinstance(size, int):
             problems += [
-                f"{token}_id {i} is outside the vocabulary of {size}" for i in every if i >= size or i < 0
+                Fault("special ids differ", f"{token}_id {i} is outside the vocabulary of {size}")
+                for i in every
+                if i >= size or i < 0
             ]
         if every:
             told.append(f"{token.removesuffix('_token')} {'/'.join(map(str, sorted(every)))}")
@@ -133,14 +152,14 @@ def template_parses(folder: Folder) -> Finding:
     if not templates:
         return True, "no chat template"
     try:
-        problems = list(_syntax_errors(templates))
+        problems = [Fault("broken template", said) for said in syntax_errors(templates)]
     except ImportError:
         return None, "jinja2 is not installed"
     return verdict(problems, ", ".join(templates))
 
 
-def _syntax_errors(templates: dict[str, str]) -> Iterable[str]:
-    from jinja2 import Environment, TemplateSyntaxError, nodes
+def _extensions() -> list[Any]:
+    from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
 
@@ -153,9 +172,57 @@ def _syntax_errors(templates: dict[str, str]) -> Iterable[str]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = Environment(extensions=[Generation, loopcontrols])
+    return [Generation, loopcontrols]
+
+
+def syntax_errors(templates: dict[str, str]) -> Iterable[str]:
+    """What is no Jinja in templates, by where they are written."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    environment = Environment(extensions=_extensions())
     for where, text in templates.items():
         try:
             environment.parse(text)
         except TemplateSyntaxError as error:
             yield f"{where}, line {error.lineno}: {error.message}"
+
+
+_MARK = "what an assistant says"
+
+
+def turn_end(folder: Folder, table: TokenTable) -> int | None:
+    """The id of the special token that the chat template puts after an assistant's words; None: unknown."""
+    text = next(iter(chat_templates(folder).values()), "")
+    if not text:
+        return None
+    try:
+        said = _rendered(text, table)
+    except (ImportError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # a template that wants more than messages
+    after = said.rpartition(_MARK)[2]
+    special = {token for token in table.added if token and token in after}
+    first = min(special, key=lambda token: (after.index(token), -len(token)), default=None)
+    return None if first is None else table.ids.get(first)
+
+
+def _rendered(template: str, table: TokenTable) -> str:
+    """A chat of two turns; the template is foreign code and runs in jinja2's sandbox."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=_extensions()
+    )
+    environment.globals["raise_exception"] = _refuse
+    turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": _MARK}]
+    try:
+        made = environment.from_string(template).render(
+            messages=turns, add_generation_prompt=False, **table.special
+        )
+    except (TemplateError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    return str(made)
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file
 
 from pronghorn.adapters.attach import peft_warnings, seeded
+from pronghorn.adapters.new_tokens import ready_rows
 from pronghorn.adapters.options import check_keeps_base
 from pronghorn.errors import AdapterError
 from pronghorn.sources.resolve import ADAPTER_WEIGHTS
@@ -30,13 +31,14 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
     """
     tensors = load_file(source.path / ADAPTER_WEIGHTS, device="cpu")
     _check_finite(source.path, tensors)
-    _resize(model, tensors)
+    _resize(model, tensors, source.config)
     check_keeps_base(source.config.get("init_lora_weights"))
     try:
         config = LoraConfig.from_pretrained(str(source.path))
         config.inference_mode = False
         with seeded(0), peft_warnings():  # every value drawn here is overwritten
             wrapped = PeftModel(model, config)
+            ready_rows(wrapped)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise AdapterError(
             f"the adapter {source.path} does not fit its base: {error}",
@@ -56,6 +58,24 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
     if missing or extra:
         raise _refusal(source.path, problems or [*_line("missing", missing), *_line("extra", extra)])
     return wrapped
+
+
+def attach_blank(model: Any, source: Source) -> PeftModel:
+    """Wrap a model on the meta device with an adapter of the shape of ``source``, trainable; nothing is read.
+
+    Raises:
+        AdapterError: the adapter's config does not fit the base.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(source.path))
+        config.inference_mode = False
+        with seeded(0), peft_warnings():
+            return PeftModel(model, config)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise AdapterError(
+            f"the adapter {source.path} does not fit its base: {error}",
+            fix="check that adapter_config.json belongs to these weights, or pass base= with another base",
+        ) from error
 
 
 def _compare(
@@ -100,7 +120,11 @@ def _is_embedding(model: PeftModel, name: str) -> bool:
     )
 
 
-def _resize(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+def _resize(model: Any, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    listed = config.get("trainable_token_indices")
+    needed = max((max(ids) + 1 for ids in listed.values()), default=0) if isinstance(listed, Mapping) else 0
+    if needed > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(needed, mean_resizing=False)  # the adapter holds every new row
     names = {id(module): name for name, module in model.named_modules()}
     name = names.get(id(model.get_input_embeddings()))
     for suffix in (".weight", ".base_layer.weight"):

@@ -162,7 +162,7 @@ def _encoded(
     for name, (shard, entry) in weights.tensors.items():
         tensor = read_tensor(shard, entry)
         if name in chosen:
-            tensors |= nf4.encode(tensor.to(device=device, dtype=dtype)).tensors(name)
+            tensors |= nf4.stored_tensors(nf4.encode(tensor.to(device=device, dtype=dtype)), name)
         else:
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return tensors

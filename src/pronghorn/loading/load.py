@@ -9,7 +9,7 @@ from typing import Any
 
 from pronghorn.adapters.attach import report
 from pronghorn.adapters.origin import Origin, remember, sample_weights
-from pronghorn.adapters.record import differences, read_record
+from pronghorn.adapters.record import AdapterRecord, differences, read_record
 from pronghorn.adapters.save import bind_save, record_of, tokenizer_print
 from pronghorn.errors import ConfigError
 from pronghorn.hardware import accelerator
@@ -21,6 +21,7 @@ from pronghorn.memory import recompute
 from pronghorn.quant.library import linears_4bit
 from pronghorn.sources.resolve import resolve, resolve_base
 from pronghorn.sources.source import Source, SourceKind
+from pronghorn.versions import warn_untested
 from pronghorn.weights.folder import fingerprint, open_weights
 
 
@@ -40,6 +41,7 @@ def load(
         AdapterError: the adapter does not fit, or its base is another one than at training.
         ConfigError, NotSupportedError: an option cannot be honoured.
     """
+    warn_untested()
     options = options or LoadOptions()
     if not isinstance(source, Source):
         source = resolve(
@@ -66,9 +68,7 @@ def _load_with_adapter(source: Source, options: LoadOptions, say: Callable[[str]
     record = read_record(source.path)
     folder = source.path if has_tokenizer(source.path) else base.path
     recorded = record.max_seq_length if record else None
-    if record is not None and record.quantization and options.quantization is None:
-        held = record.quantised_dtype if options.torch_dtype() == "auto" else options.dtype
-        options = replace(options, quantization=record.quantization, dtype=held)
+    options = as_recorded(options, record)
     model, tokenizer = _load_base(base, folder, options, recorded, say)
     wrapped = load_adapter(model, source)
     check_rows(folder, tokenizer, wrapped.get_input_embeddings().weight.shape[0])
@@ -79,6 +79,14 @@ def _load_with_adapter(source: Source, options: LoadOptions, say: Callable[[str]
         for line in differences(record, record_of(wrapped)):
             say(f"differs from training: {line}")
     return wrapped.eval(), tokenizer
+
+
+def as_recorded(options: LoadOptions, record: AdapterRecord | None) -> LoadOptions:
+    """The options for the base of an adapter: held as it was at training, where nothing else is asked for."""
+    if record is None or not record.quantization or options.quantization is not None:
+        return options
+    held = record.quantised_dtype if options.torch_dtype() == "auto" else options.dtype
+    return replace(options, quantization=record.quantization, dtype=held)
 
 
 def _load_base(
@@ -102,7 +110,7 @@ def _load_base(
     if tokenizer_folder == base.path:
         check_rows(tokenizer_folder, tokenizer, rows)
     as_loaded = tokenizer_print(tokenizer)
-    length = _length(model, options.max_seq_length, recorded_length)
+    length = sequence_length(model, options.max_seq_length, recorded_length)
     own_limit = tokenizer.model_max_length
     tokenizer.model_max_length = length
     origin = Origin(
@@ -143,7 +151,12 @@ def _placement(options: LoadOptions) -> Any:
     return options.device_map
 
 
-def _length(model: Any, asked: int | None, recorded: int | None) -> int:
+def sequence_length(model: Any, asked: int | None, recorded: int | None) -> int:
+    """Tokens of the longest row: as asked, as recorded, or 2048, and no more than the model has positions.
+
+    Raises:
+        ConfigError: more are asked for than the model has positions.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
         asked = recorded or min(DEFAULT_MAX_SEQ_LENGTH, limit or DEFAULT_MAX_SEQ_LENGTH)

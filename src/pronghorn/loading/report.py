@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pronghorn.memory.counter import storage_key
 from pronghorn.quant.library import is_linear_4bit, linears_4bit, state_tensors
 
 
@@ -79,14 +80,12 @@ def report_load(model: Any, left: Mapping[str, str], before: int | None) -> Load
 
 def dtype_bytes(model: torch.nn.Module) -> dict[str, int]:
     """Bytes by dtype, of the storages: a shared tensor counts once, the state of 4-bit weights counts too."""
-    seen: set[tuple[torch.device, int]] = set()
+    seen: set[int] = set()
     found: Counter[str] = Counter()
     for tensor in _tensors(model):
-        storage = tensor.untyped_storage()
-        place = (tensor.device, storage.data_ptr())
-        if place not in seen:
-            seen.add(place)
-            found[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
+        if storage_key(tensor) not in seen:
+            seen.add(storage_key(tensor))
+            found[str(tensor.dtype).removeprefix("torch.")] += tensor.untyped_storage().nbytes()
     return dict(found)
 
 

@@ -19,6 +19,7 @@ from pronghorn.errors import NotSupportedError, PronghornError, SourceError
 from pronghorn.loading.four_bit import left_of_stored, load_encoded, plan_load, settle, stored_modules
 from pronghorn.loading.report import LoadReport, memory, report_load
 from pronghorn.sources.source import Source
+from pronghorn.weights.folder import open_weights
 
 _SHOWN = 8
 
@@ -50,29 +51,50 @@ def load_base(
     """
     plan = plan_load(source, quantization)
     before = memory()
-    common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = _config(source, common)
-    blank: Any = None
-    if not plan.stored:  # 4-bit tensors cannot be put together on the meta device
-        with _quiet():
-            blank, info = _build(
-                source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
-            )
-        _check(source, info)
+    common = common_arguments(trust_remote_code)
+    config = read_config(source, common)
+    # 4-bit tensors cannot be put together on the meta device
+    blank = None if plan.stored else load_blank(source, config, dtype, common)
     if plan.encode:
+        assert blank is not None
         held = blank.dtype if isinstance(dtype, str) else dtype
-        with _load_errors(source):
+        with load_errors(source):
             model, info, choice = load_encoded(source, plan, config, blank, held, device_map)
         files, left = choice.files, choice.left
     else:
         model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
         files, left = stored_modules(model, plan), left_of_stored(model, plan) if plan.stored else {}
-    _check(source, info)
+    _check(source, info, model)
     settle(source, model, frozenset(files))
     return Loaded(model.eval(), report_load(model, left, before), files)
 
 
-def _config(source: Source, common: dict[str, Any]) -> Any:
+def common_arguments(trust_remote_code: bool) -> dict[str, Any]:
+    """What every call of transformers' loaders gets."""
+    return {"local_files_only": True, "trust_remote_code": trust_remote_code}
+
+
+def load_blank(source: Source, config: Any, dtype: torch.dtype | str, common: dict[str, Any]) -> Any:
+    """The model of a base folder on the meta device: only headers are read.
+
+    Raises:
+        SourceError: its tensors and those of the files differ.
+    """
+    with _quiet():
+        blank, info = _build(
+            source, config=config, dtype=dtype, device_map="meta", ignore_mismatched_sizes=True, **common
+        )
+    _check(source, info, blank)
+    return blank
+
+
+def read_config(source: Source, common: dict[str, Any]) -> Any:
+    """The transformers config of a base folder.
+
+    Raises:
+        SourceError: transformers does not understand it.
+        NotSupportedError: it is of a multimodal model.
+    """
     try:
         config = AutoConfig.from_pretrained(source.path, **common)
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
@@ -89,13 +111,14 @@ def _config(source: Source, common: dict[str, Any]) -> Any:
 
 
 def _build(source: Source, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    with _load_errors(source):
+    with load_errors(source):
         model, info = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **arguments)
     return model, info
 
 
 @contextmanager
-def _load_errors(source: Source) -> Iterator[None]:
+def load_errors(source: Source) -> Iterator[None]:
+    """What transformers raises for a folder it cannot load, as a SourceError."""
     try:
         yield
     except (torch.OutOfMemoryError, PronghornError):
@@ -115,7 +138,7 @@ def _load_errors(source: Source) -> Iterator[None]:
         ) from error
 
 
-def _check(source: Source, info: dict[str, Any]) -> None:
+def _check(source: Source, info: dict[str, Any], model: Any) -> None:
     """A tied head is not among the missing: transformers knows which tensors a tie provides."""
     problems = []
     for key, meaning in (
@@ -126,7 +149,8 @@ def _check(source: Source, info: dict[str, Any]) -> None:
         if names:
             problems.append(f"{len(names)} {meaning}: {_listed(names)}")
     wrong = sorted(
-        f"{name} (files {list(found)}, model {list(wanted)})" for name, found, wanted in _mismatches(info)
+        f"{name} (files {list(found)}, model {list(wanted)})"
+        for name, found, wanted in _mismatches(source, info, model)
     )
     if wrong:
         problems.append(f"{len(wrong)} of another shape: {_listed(wrong)}")
@@ -140,10 +164,15 @@ def _check(source: Source, info: dict[str, Any]) -> None:
         )
 
 
-def _mismatches(info: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _mismatches(source: Source, info: dict[str, Any], model: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both shapes; transformers 4 gives names only, which are those in the files."""
     for one in info.get("mismatched_keys") or ():
-        name, found, wanted = one
-        yield str(name), found, wanted
+        if isinstance(one, str):
+            _, entry = open_weights(source.path).tensors[one]
+            yield one, entry.shape, model.state_dict()[one].shape
+        else:
+            name, found, wanted = one
+            yield str(name), found, wanted
 
 
 def _listed(names: list[str]) -> str:

@@ -8,7 +8,6 @@ instance.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pronghorn.errors import ConfigError
+from pronghorn.hardware import free_host_bytes
 from pronghorn.memory import recompute
+from pronghorn.memory.counter import saved_bytes
+from pronghorn.memory.offload import Offload
 
 Mode = Literal["full", "unsloth", "auto"]
 MODES: tuple[Mode, ...] = ("full", "unsloth", "auto")
 # the method that every supported transformers calls, or forwards to, when it is set on the instance
 OVERRIDDEN = "gradient_checkpointing_enable"
+# what transformers sets on each module that it can recompute
+SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
 # of what is free when the run begins; the rest is for the loss, the optimizer and fragmentation
 BUDGET_SHARE = 0.5
 
@@ -56,9 +60,10 @@ class RecomputePlan:
 class LayerFunction:
     """Stands behind one layer's ``_gradient_checkpointing_func``."""
 
-    def __init__(self, plan: RecomputePlan, index: int) -> None:
+    def __init__(self, plan: RecomputePlan, index: int, offload: Offload) -> None:
         self.plan = plan
         self.index = index
+        self.offload = offload
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer: kept, or recomputed in backward."""
@@ -68,20 +73,8 @@ class LayerFunction:
             return function(*args, **kwargs)
         if self.plan.mode != "unsloth":
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+        with torch.autograd.graph.saved_tensors_hooks(self.offload.to_host, self.offload.from_host):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def _to_host(t: Tensor) -> tuple[torch.device, Tensor]:
-    """Copy in the order of the current stream, into pinned memory where there is an accelerator."""
-    accelerated = t.device.type != "cpu"
-    host = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=accelerated)
-    return t.device, host.copy_(t, non_blocking=accelerated)
-
-
-def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
-    device, host = packed
-    return host.to(device, non_blocking=True)
 
 
 class RecomputeSwitch:
@@ -92,6 +85,8 @@ class RecomputeSwitch:
     def __init__(self, model: Any, plan: RecomputePlan) -> None:
         self.model = model
         self.plan = plan
+        self.inputs_hooked = recompute.inputs_hooked(model)
+        self.before = [(module, _own(module)) for module in model.modules() if hasattr(module, SWITCH[0])]
 
     def __call__(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """What transformers and trainers call; ours is always non-reentrant, whatever they ask for."""
@@ -102,8 +97,9 @@ class RecomputeSwitch:
         finally:
             if overridden is not None:
                 object.__setattr__(self.model, OVERRIDDEN, overridden)
+        offload = Offload()
         for index, layer in enumerate(layers_of(self.model)):
-            layer._gradient_checkpointing_func = LayerFunction(self.plan, index)
+            layer._gradient_checkpointing_func = LayerFunction(self.plan, index, offload)
 
     def on(self) -> None:
         """Recompute from now on."""
@@ -111,11 +107,19 @@ class RecomputeSwitch:
         self()
 
     def off(self) -> None:
-        """Keep everything again."""
+        """Keep or recompute as before."""
         self.model.__dict__.pop(OVERRIDDEN, None)
         recompute.disable(self.model)
-        for layer in layers_of(self.model):
-            layer.__dict__.pop("_gradient_checkpointing_func", None)
+        if not self.inputs_hooked:
+            recompute.unhook_inputs(self.model)
+        for module, own in self.before:
+            for name in SWITCH:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(own)
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {name: module.__dict__[name] for name in SWITCH if name in module.__dict__}
 
 
 def layers_of(model: nn.Module) -> list[Any]:
@@ -156,26 +160,8 @@ def make_plan(model: Any, mode: str, run: Callable[[int], Any], budget_bytes: in
     )
 
 
-def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes of the distinct storages that ``run()`` saves for backward, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-    alive = []
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(found.values())
-
-
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on ``device``."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_host_bytes()

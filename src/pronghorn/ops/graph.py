@@ -2,8 +2,8 @@
 
 A norm keeps its input; the linear behind it needs the norm's *output*, which is a cheap elementwise function
 of that input. So the linear saves nothing and rebuilds its input from the norm's node. The node of a tensor
-is its ``grad_fn``: a view, an in-place change or another op puts a different node there, and the linear then
-saves its input itself. Backward always runs the reader before the node it reads from.
+is its ``grad_fn``: an in-place change or another op puts a different node there, and the linear then saves
+its input itself. Backward always runs the reader before the node it reads from.
 
 Parameters are held by reference with a version check instead of through ``save_for_backward``: offload and
 recompute hooks then see activations only, and a recompute stops as soon as the last *activation* is back.
@@ -16,14 +16,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Node = Any  # a torch.autograd.graph.Node of one of our functions
 
 
+# a mixture of experts flattens batch and sequence; the names are those of autograd's nodes
+_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
+
+
 def source_of(x: Tensor) -> Node | None:
-    """The node that can rebuild ``x`` in backward, or None if ``x`` has to be saved."""
-    node = x.grad_fn
-    return node if node is not None and hasattr(node, "rebuild") and x.output_nr == 0 else None
+    """The node that can rebuild the rows of ``x`` in backward, or None if ``x`` has to be saved.
+
+    A view that keeps the last dimension is looked through: the rows are the same, in the same order.
+    """
+    node: Any = x.grad_fn
+    output = x.output_nr
+    if node is not None and node.name() in _VIEWS:
+        if node._saved_self_sym_sizes[-1] != x.shape[-1]:
+            return None
+        node, output = node.next_functions[0]
+    return node if node is not None and hasattr(node, "rebuild") and output == 0 else None
 
 
 def saved(node: Node) -> tuple[Tensor, ...]:
@@ -43,6 +56,11 @@ def release(node: Node) -> tuple[Tensor, ...]:
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, which torch leaves untyped."""
     return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers: what would be decided by its numbers has to be assumed."""
+    return isinstance(tensor, FakeTensor)
 
 
 class Held:

@@ -11,36 +11,52 @@ kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pronghorn.ops.buffer import PackedWeight, dense
 from pronghorn.ops.graph import Held, Node, flat_rows, like_input, record, release, source_of
 from pronghorn.ops.shapes import LoraPart
 
 PARAMETERS = 4  # tensors of a LoraPart
 
 
+class Fixed(NamedTuple):
+    """What of a LoraPart is no tensor: autograd functions take it beside the tensors."""
+
+    scale: float
+    packed: PackedWeight | None
+
+
 def lora_linears(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
     """``reference.lora_linears``: ``x [..., in]`` to one ``[..., out_i]`` per part, reading ``x`` once."""
-    scales = tuple(part.scale for part in parts)
-    out: tuple[Tensor, ...] = record(_Linears, x, source_of(x), scales, *flatten(parts))
+    out: tuple[Tensor, ...] = record(_Linears, x, source_of(x), fixed(parts), *flatten(parts))
     return out
 
 
 def flatten(parts: Sequence[LoraPart]) -> list[Tensor | None]:
-    """The tensors of the parts in order: weight, bias, a, b, weight, bias, ..."""
-    return [tensor for p in parts for tensor in (p.weight, p.bias, p.a, p.b)]
+    """The tensors of the parts in order: weight (or its codes), bias, a, b, weight, bias, ..."""
+    return [tensor for p in parts for tensor in (_codes(p.weight), p.bias, p.a, p.b)]
 
 
-def unflatten(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[LoraPart]:
-    """The inverse of :func:`flatten`."""
+def fixed(parts: Sequence[LoraPart]) -> tuple[Fixed, ...]:
+    """What :func:`flatten` leaves out, a tuple for each part."""
+    return tuple(Fixed(p.scale, None if isinstance(p.weight, Tensor) else p.weight) for p in parts)
+
+
+def _codes(weight: Tensor | PackedWeight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.packed.data
+
+
+def unflatten(tensors: Sequence[Tensor | None], rest: Sequence[Fixed]) -> list[LoraPart]:
+    """The inverse of :func:`flatten` and :func:`fixed`."""
     parts = []
-    for index, scale in enumerate(scales):
+    for index, (scale, packed) in enumerate(rest):
         weight, bias, a, b = tensors[index * PARAMETERS : (index + 1) * PARAMETERS]
         assert weight is not None
-        parts.append(LoraPart(weight, bias, a, b, scale))
+        parts.append(LoraPart(packed or weight, bias, a, b, scale))
     return parts
 
 
@@ -60,7 +76,7 @@ def apply_parts(x: Tensor, small: Tensor | None, parts: Sequence[LoraPart]) -> l
     """The outputs of the parts for ``x [rows, in]``, given ``small = shrink(x, parts)``."""
     outputs, start = [], 0
     for part in parts:
-        y = torch.nn.functional.linear(x, part.weight, part.bias)
+        y = torch.nn.functional.linear(x, dense(part.weight, x.dtype), part.bias)
         if part.a is not None and part.b is not None:
             assert small is not None
             rank = part.a.shape[0]
@@ -91,7 +107,8 @@ def backward_parts(
         dbias = ds = db = None
         if dy is not None:
             if needs[0]:
-                dx = dy @ part.weight if dx is None else dx.addmm_(dy, part.weight)
+                weight = dense(part.weight, dy.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if part.bias is not None and need_bias:
                 dbias = dy.sum(0).to(part.bias.dtype)
             if part.a is not None and part.b is not None:
@@ -124,20 +141,20 @@ def _finish_da(x: Tensor | None, flat: list[Tensor | None], parts: Sequence[Lora
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, source: Node | None, scales: tuple[float, ...], *flat: Tensor | None
+        ctx: Any, x: Tensor, source: Node | None, rest: tuple[Fixed, ...], *flat: Tensor | None
     ) -> Any:
-        parts = unflatten(flat, scales)
+        parts = unflatten(flat, rest)
         rows = flat_rows(x)
         small = shrink(rows, parts)
         if source is None:
             ctx.save_for_backward(*([x] if small is None else [x, small]))
-        ctx.source, ctx.held, ctx.scales, ctx.shape, ctx.unpacked = source, Held(flat), scales, x.shape, None
+        ctx.source, ctx.held, ctx.fixed, ctx.shape, ctx.unpacked = source, Held(flat), rest, x.shape, None
         ctx.set_materialize_grads(False)
         return tuple(like_input(y, x.shape) for y in apply_parts(rows, small, parts))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        parts = unflatten(ctx.held.get(), ctx.scales)
+        parts = unflatten(ctx.held.get(), ctx.fixed)
         x, small = load_input(ctx, parts)
         rows = [None if dy is None else flat_rows(dy) for dy in grads]
         dx, flat = backward_parts(x, small, rows, parts, needed(ctx))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pronghorn.ops.graph import record
+from pronghorn.ops.graph import is_fake, record
 from pronghorn.ops.reference import apply_step
 from pronghorn.ops.shapes import LogitStep
 
@@ -130,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         chain, ignore_index, mean, pieces = how
         counted = labels != ignore_index
-        kept = counted.nonzero().squeeze(1) if pieces.compact else None
+        kept = _rows_of(counted) if pieces.compact else None
         scale, late = 1.0, None  # the mean's factor: now where the count is known here, else at the end
         if mean and kept is not None:
             scale = 1.0 / max(kept.numel(), 1)
@@ -169,6 +169,13 @@ class _CrossEntropy(torch.autograd.Function):
         rest = iter(made)
         grads = [(next(rest) * dloss).to(ctx.dtype) if have else None for have in ctx.have]
         return (*grads, None, None)
+
+
+def _rows_of(counted: Tensor) -> Tensor:
+    """The indices of the rows that count; of a tensor of shapes only, all of them."""
+    if is_fake(counted):
+        return torch.arange(len(counted), device=counted.device)
+    return counted.nonzero().squeeze(1)
 
 
 def _take(

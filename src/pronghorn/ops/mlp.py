@@ -26,8 +26,10 @@ from pronghorn.ops.graph import (
     source_of,
 )
 from pronghorn.ops.lora import (
+    Fixed,
     apply_parts,
     backward_parts,
+    fixed,
     flatten,
     lora_linears,
     needed,
@@ -74,8 +76,7 @@ def mlp(
 ) -> Tensor:
     """``reference.mlp`` in the kept form: ``x [..., hidden]`` to ``[..., hidden]``."""
     form = _Form(layout, activation, pieces or TORCH)
-    scales = tuple(part.scale for part in first)
-    inner = record(_Inner, x, source_of(x), scales, form, *flatten(first))
+    inner = record(_Inner, x, source_of(x), fixed(first), form, *flatten(first))
     return lora_linears(inner, [down])[0]
 
 
@@ -93,8 +94,7 @@ def tiled_mlp(
     """
     form = _Form(layout, activation, pieces or TORCH)
     parts = [*first, down]
-    scales = tuple(part.scale for part in parts)
-    out: Tensor = record(_Tiled, x, source_of(x), scales, form, tile_rows, *flatten(parts))
+    out: Tensor = record(_Tiled, x, source_of(x), fixed(parts), form, tile_rows, *flatten(parts))
     return out
 
 
@@ -141,24 +141,24 @@ class _Inner(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         source: Node | None,
-        scales: tuple[float, ...],
+        rest: tuple[Fixed, ...],
         form: _Form,
         *flat: Tensor | None,
     ) -> Tensor:
-        parts = unflatten(flat, scales)
+        parts = unflatten(flat, rest)
         rows = flat_rows(x)
         small = shrink(rows, parts)
         outputs = apply_parts(rows, small, parts)
         ctx.count = len(outputs)
         ctx.save_for_backward(*outputs, *([x] if source is None else []))
-        ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
+        ctx.source, ctx.held, ctx.fixed, ctx.shape = source, Held(flat), rest, x.shape
         ctx.form, ctx.unpacked, ctx.rebuild = form, None, _rebuild_inner
         inner = form.inner(outputs)
         return like_input(inner, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
-        parts = unflatten(ctx.held.get(), ctx.scales)
+        parts = unflatten(ctx.held.get(), ctx.fixed)
         tensors = release(ctx)
         outputs, spent = tensors[: ctx.count], not graph_is_kept()
         grads = ctx.form.backward(flat_rows(dh), outputs, spent=spent)
@@ -182,35 +182,35 @@ class _Tiled(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         source: Node | None,
-        scales: tuple[float, ...],
+        rest: tuple[Fixed, ...],
         form: _Form,
         tile_rows: int | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        parts = unflatten(flat, scales)
+        parts = unflatten(flat, rest)
         rows = flat_rows(x)
         out = rows.new_empty((rows.shape[0], parts[-1].weight.shape[0]))
-        for tile in _tiles(rows.shape[0], tile_rows):
+        for tile in equal_tiles(rows.shape[0], tile_rows):
             inner = form.inner(_first(rows[tile], parts))
             out[tile] = apply_parts(inner, shrink(inner, parts[-1:]), parts[-1:])[0]
         if source is None:
             ctx.save_for_backward(x)
-        ctx.source, ctx.held, ctx.scales, ctx.shape = source, Held(flat), scales, x.shape
+        ctx.source, ctx.held, ctx.fixed, ctx.shape = source, Held(flat), rest, x.shape
         ctx.form, ctx.tile_rows, ctx.unpacked = form, tile_rows, None
         return like_input(out, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        parts = unflatten(ctx.held.get(), ctx.scales)
+        parts = unflatten(ctx.held.get(), ctx.fixed)
         rows = flat_rows(release(ctx)[0] if ctx.source is None else ctx.source.rebuild(ctx.source))
         dy, needs = flat_rows(dy), needed(ctx, before=5)
         dx = torch.empty_like(rows) if needs[0] else None
         total: list[Tensor | None] = [None] * (len(needs) - 1)
-        for tile in _tiles(rows.shape[0], ctx.tile_rows):
+        for tile in equal_tiles(rows.shape[0], ctx.tile_rows):
             dx_tile, new = _tile_backward(rows[tile], dy[tile], parts, ctx.form, needs)
             if dx is not None and dx_tile is not None:
                 dx[tile] = dx_tile
-            total = [_add(*pair) for pair in zip(total, new, strict=True)]
+            total = [add_tile(*pair) for pair in zip(total, new, strict=True)]
         grads = [
             g if g is None or p is None else g.to(p.dtype) for g, p in zip(total, flatten(parts), strict=True)
         ]
@@ -241,13 +241,13 @@ def _tile_backward(
     return dx, first_grads + down_grads
 
 
-def _tiles(rows: int, tile_rows: int | None) -> list[slice]:
+def equal_tiles(rows: int, tile_rows: int | None) -> list[slice]:
     """Equal tiles of at most ``tile_rows`` rows: no tile carries the remainder of the others."""
     count = 1 if tile_rows is None else max(1, -(-rows // tile_rows))
     size = max(1, -(-rows // count))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _add(total: Tensor | None, new: Tensor | None) -> Tensor | None:
-    # float32: the rounding of a bfloat16 sum would grow with the number of tiles
+def add_tile(total: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """``total + new`` in float32: the rounding of a bfloat16 sum would grow with the number of tiles."""
     return total if new is None else new.float() if total is None else total.add_(new)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pronghorn.ops.shapes import Activation, LogitStep, LoraPart, MlpLayout, NormForm
+from pronghorn.ops.buffer import dense
+from pronghorn.ops.shapes import Activation, ExpertPart, LogitStep, LoraPart, MlpLayout, NormForm
 
 
 def activate(x: Tensor, kind: Activation) -> Tensor:
@@ -44,7 +45,7 @@ def lora_linears(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
 
 
 def _lora_linear(x: Tensor, part: LoraPart) -> Tensor:
-    y = functional.linear(x, part.weight, part.bias)
+    y = functional.linear(x, dense(part.weight, x.dtype), part.bias)
     if part.a is None or part.b is None:
         return y
     return y + functional.linear(functional.linear(x, part.a.to(x.dtype)), part.b.to(x.dtype)) * part.scale
@@ -67,6 +68,37 @@ def split(outputs: Sequence[Tensor], layout: MlpLayout) -> tuple[Tensor, Tensor 
         return outputs[0], outputs[1]
     one, two = outputs[0].chunk(2, dim=-1)
     return (one, two) if layout == "gate_up" else (two, one)
+
+
+def experts(
+    x: Tensor,
+    index: Tensor,
+    routing: Tensor,
+    first: ExpertPart,
+    down: ExpertPart,
+    layout: MlpLayout,
+    activation: Activation,
+) -> Tensor:
+    """The chosen experts of each token, weighed and summed: ``x [T, hidden]``, ``index`` and ``routing [T,
+    k]`` to ``[T, hidden]``.
+    """
+    out = torch.zeros_like(x)
+    for expert in range(first.weight.shape[0]):
+        token, choice = torch.where(index == expert)
+        gate, up = split([_expert_linear(x[token], first, expert)], layout)
+        inner = activate(gate, activation)
+        y = _expert_linear(inner if up is None else inner * up, down, expert)
+        out = out.index_add(0, token, (y * routing[token, choice, None]).to(x.dtype))
+    return out
+
+
+def _expert_linear(x: Tensor, part: ExpertPart, expert: int) -> Tensor:
+    y = x @ part.weight[expert]
+    if part.bias is not None:
+        y = y + part.bias[expert]
+    if part.a is None or part.b is None:
+        return y
+    return y + x @ part.a[expert].to(x.dtype).t() @ part.b[expert].to(x.dtype).t() * part.scale
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chain: Sequence[LogitStep] = ()) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,13 +19,16 @@ import torch
 from torch import Tensor
 
 from pronghorn.errors import NotSupportedError
+from pronghorn.ops import experts as _experts
+from pronghorn.ops import library, reference
 from pronghorn.ops import lora as _lora
 from pronghorn.ops import loss as _loss
 from pronghorn.ops import mlp as _mlp
 from pronghorn.ops import norm as _norm
-from pronghorn.ops import reference
+from pronghorn.ops.experts import ExpertsForm
 from pronghorn.ops.graph import grad_needed
-from pronghorn.ops.shapes import Activation, LogitStep, LoraPart, MlpLayout, NormForm
+from pronghorn.ops.packed import Packed, decode
+from pronghorn.ops.shapes import Activation, ExpertPart, LogitStep, LoraPart, MlpLayout, NormForm
 
 Backend = Literal["torch", "triton"]
 
@@ -123,6 +127,43 @@ def mlp(
     if tile_rows is not None:
         return _mlp.tiled_mlp(x, first, down, layout, activation, tile_rows, pieces)
     return _mlp.mlp(x, first, down, layout, activation, pieces)
+
+
+def experts(
+    x: Tensor,
+    index: Tensor,
+    routing: Tensor,
+    first: ExpertPart,
+    down: ExpertPart,
+    form: ExpertsForm,
+    *,
+    tile_rows: int | None = None,
+    using: Backend | None = None,
+) -> Tensor:
+    """See ``reference.experts``; ``tile_rows`` bounds the tokens at a time and keeps only the input."""
+    if form.pieces is None:
+        kernels = _choose(using, "experts", x)
+        ours = kernels and _take(kernels, using, "experts", kernels.gated_declines(x, form.layout))
+        form = replace(form, pieces=kernels.GATED if ours else _mlp.TORCH)
+    return _experts.experts(x, index, routing, first, down, form, tile_rows)
+
+
+def nf4_decode(
+    packed: Packed, out: Tensor, *, using: Backend | Literal["bitsandbytes"] | None = None
+) -> Tensor:
+    """See ``packed.decode``; on a CPU by bitsandbytes' kernel where that is right, by torch elsewhere."""
+    if using == "bitsandbytes" or (using is None and packed.data.is_cpu):
+        why_not = library.declines(packed, out)
+        if why_not is None:
+            return library.nf4_decode(packed, out)
+        if using is not None:
+            raise NotSupportedError(
+                f"nf4_decode using='bitsandbytes': it does not take {why_not}",
+                fix="leave the choice open, or ask for using='torch'",
+            )
+    kernels = _choose(using, "nf4_decode", packed.data)
+    ours = kernels and _take(kernels, using, "nf4_decode", kernels.nf4_declines(packed, out))
+    return kernels.nf4_decode(packed, out) if ours else decode(packed, out)
 
 
 def linear_cross_entropy(

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from pronghorn.ops.buffer import PackedWeight
+
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -18,8 +20,24 @@ MlpLayout = Literal["gated", "gate_up", "up_gate", "plain"]
 class LoraPart(NamedTuple):
     """A frozen linear and its adapter: ``x @ weight.T + bias + scale * (x @ a.T) @ b.T``.
 
-    ``weight [out, in]`` has the dtype of the computation; ``a [r, in]`` and ``b [out, r]`` may have another
-    (they are cast for the product, never kept) or be None for a linear without an adapter.
+    ``weight [out, in]`` has the dtype of the computation, or is decoded to it; ``a [r, in]`` and
+    ``b [out, r]`` may have another (they are cast for the product, never kept) or be None for a linear
+    without an adapter.
+    """
+
+    weight: Tensor | PackedWeight
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+
+
+class ExpertPart(NamedTuple):
+    """One linear of every expert, stacked, and its adapter: for expert e ``x @ weight[e] + bias[e] + scale *
+    (x @ a[e].T) @ b[e].T``.
+
+    ``weight [E, in, out]`` may be a view of ``[E, out, in]``; ``bias [E, out]``, ``a [E, r, in]`` and ``b [E,
+    out, r]`` may be None. Dtypes as in :class:`LoraPart`.
     """
 
     weight: Tensor

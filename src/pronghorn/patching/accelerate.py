@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -12,15 +13,19 @@ from torch import Tensor, nn
 from pronghorn.adapters.origin import base_of
 from pronghorn.errors import ConfigError, NotSupportedError
 from pronghorn.memory.layers import RecomputeSwitch, make_plan
-from pronghorn.patching import attentions, head, linears, mlps, norms
-from pronghorn.patching.adapted import is_adapted, linear_shape, lora_part
+from pronghorn.patching import attentions, experts, head, linears, mlps, norms
+from pronghorn.patching.adapted import is_adapted, is_adapted_parameter, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked
+from pronghorn.patching.mlps import MlpForm
+from pronghorn.patching.places import PlacesSwitch
 from pronghorn.patching.proof import Build, Verdict, prove
-from pronghorn.patching.report import Choice, Part, PatchReport
+from pronghorn.patching.report import REPLACEABLE, Choice, Part, PatchReport
 from pronghorn.patching.signature import signature
 from pronghorn.patching.trace import Trace, sample_batch, trace, train_mode
 from pronghorn.patching.watch import current_report, watch
 from pronghorn.patching.whole import check_model, forward_only
+from pronghorn.quant.library import is_linear_4bit
+from pronghorn.versions import warn_untested
 
 # what turns q and k is a function of the model's file, called by name: it has no instance to be replaced
 ROPE_LEFT = "applied by a module-level function of transformers: replacing it reaches other models"
@@ -28,7 +33,6 @@ ROPE_LEFT = "applied by a module-level function of transformers: replacing it re
 RECOMPUTE_MODES: Mapping[bool | str, str | None] = MappingProxyType(
     {True: "full", False: None, "unsloth": "unsloth", "auto": "auto"}
 )
-REPLACEABLE = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss")
 
 
 def accelerate(
@@ -48,7 +52,7 @@ def accelerate(
     Args:
         model: a transformers causal language model, or a PEFT model around one.
         kinds: which kinds of parts to consider, of ``REPLACEABLE``.
-        strict: True, or the kinds that must be replaced completely.
+        strict: True: every part found must be replaced. A list of kinds: those must be there and be replaced.
         mlp_tile_tokens: run MLPs in tiles of at most this many tokens (batch and sequence together) and keep
         only
             their input: for long sequences. The gate and up products then run twice.
@@ -59,12 +63,18 @@ def accelerate(
         free.
 
     Raises:
-        ConfigError: an unknown kind or recompute mode.
+        ConfigError: an unknown kind or recompute mode, or ``strict`` names a kind not in ``kinds``.
         NotSupportedError: ``strict``, and a kind was not fully replaced; nothing stays replaced.
     """
     unknown = [kind for kind in kinds if kind not in REPLACEABLE]
     if unknown:
         raise ConfigError(f"kinds={unknown}: unknown", fix=f"choose from {', '.join(REPLACEABLE)}")
+    named = () if isinstance(strict, bool) else tuple(strict)
+    if unknown := [kind for kind in named if kind not in kinds]:
+        raise ConfigError(
+            f"strict={unknown}: not among the kinds considered", fix=f"choose from {', '.join(kinds)}"
+        )
+    warn_untested()
     base = base_of(model)
     if (before := current_report(base)) is not None:
         before.undo()
@@ -72,15 +82,16 @@ def accelerate(
     choice = Choice(tuple(kinds), mlp_tile_tokens, recompute, activation_bytes)
     plan(base, report, choice)
     watch(base, report, choice)
-    _demand(report, kinds if strict is True else strict or ())
+    _demand(report, kinds if strict is True else named, named)
     return report
 
 
-def _demand(report: PatchReport, kinds: Sequence[str]) -> None:
-    for kind in kinds:
+def _demand(report: PatchReport, complete: Sequence[str], present: Sequence[str]) -> None:
+    for kind in complete:
         found, replaced = report.count(kind)
-        if replaced < found:
-            why = "; ".join(f"{count}: {reason}" for reason, count in report.left(kind).items())
+        if replaced < found or (not found and kind in present):
+            reasons = [f"{count}: {reason}" for reason, count in report.left(kind).items()]
+            why = "; ".join(reasons) or "the model has none"
             report.undo()
             raise NotSupportedError(
                 f"strict: {replaced} of {found} parts of kind {kind!r} can be replaced ({why})",
@@ -90,24 +101,58 @@ def _demand(report: PatchReport, kinds: Sequence[str]) -> None:
 
 def plan(base: Any, report: PatchReport, choice: Choice) -> None:
     """Fill ``report`` and put the proven replacements in place."""
-    kinds = choice.kinds
-    batch = sample_batch(base)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
+        if not find_and_replace(base, report, choice, sample_batch(base)):
+            return
+        with torch.enable_grad():
+            if choice.recompute is not None:
+                put_recompute(base, report, choice)
+            check_model(base, report)
+
+
+def find_and_replace(
+    base: Any,
+    report: PatchReport,
+    choice: Choice,
+    batch: dict[str, Tensor],
+    prover_kind: type[Prover] | None = None,
+    running: AbstractContextManager[Any] | None = None,
+) -> bool:
+    """Find the parts, put in place what the prover accepts; False if the model does not run.
+
+    Args:
+        base: the model.
+        report: filled.
+        choice: which kinds.
+        batch: what the model is run on.
+        prover_kind: who judges; by default ``Prover``.
+        running: entered for every run of the whole model.
+    """
+    kinds, running = choice.kinds, running or nullcontext()
+    places = PlacesSwitch(base)
+    if places.offsets:
+        places.on()
+        report.switches.append(places)
+        report.packed = str(places)
+    with torch.enable_grad():
         try:
-            found = trace(base, batch)
+            with running:
+                found = trace(base, batch)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
             report.model_check = (
                 f"nothing done: a short text input raises {type(error).__name__}: {str(error)[:120]}"
             )
             for kind in kinds:
                 report.add(kind, "model", report.model_check)
-            return
-        prover = Prover(report, found, dict(base.named_modules()))
+            return False
+        prover = (prover_kind or Prover)(report, found, dict(base.named_modules()))
         chosen = prover.norms() if "norm" in kinds else []
         taken: set[str] = set()
         if "mlp" in kinds:
             made, taken = prover.mlps(choice.mlp_tile_tokens)
             chosen += made
+        if "experts" in kinds:
+            chosen += prover.experts(choice.mlp_tile_tokens)
         chosen += prover.linears(kinds, taken, base)
         if "loss" in kinds:
             chosen += prover.loss(base)
@@ -117,10 +162,9 @@ def plan(base: Any, report: PatchReport, choice: Choice) -> None:
             if any("inv_freq" in key for key, _ in module.named_buffers(recurse=False)):
                 report.add("rope", name, ROPE_LEFT)
         if "attention" in kinds:
-            _attention(base, report, batch)
-        if choice.recompute is not None:
-            _recompute(base, report, choice)
-        check_model(base, report)
+            with running:
+                _attention(base, report, batch)
+    return True
 
 
 Chosen = list[tuple[str, str, str, list[InstanceForward]]]
@@ -168,7 +212,7 @@ class Prover:
             if is_adapted(module):
                 continue
             if (why := mlps.odd_mlp(module)) is not None:
-                chosen.append(("experts" if mlps.is_experts(module) else "mlp", name, why, []))
+                chosen.append(("mlp", name, why, []))
             if not mlps.is_mlp(module):
                 continue
             if (
@@ -188,17 +232,46 @@ class Prover:
         for child in module.children():
             if linear_shape(child) and isinstance(state := lora_part(child, training=True), Declined):
                 return str(state), []
-        form = mlps.fit_mlp(module, self.trace.shapes[name])
+        form = self._fit_mlp(module, self.trace.shapes[name])
         if isinstance(form, Declined):
             return str(form), []
         forward = mlps.MlpForward(module, form, tile)
         return self._prove(name, module, lambda clone: [mlps.MlpForward(clone, form, tile)], [forward])
 
+    def _fit_mlp(self, module: nn.Module, shape: tuple[int, ...]) -> MlpForm | Declined:
+        return mlps.fit_mlp(module, shape)
+
+    def experts(self, tile: int | None) -> Chosen:
+        """Every module that holds stacked experts, by the name under which the model calls it."""
+        found = [name for name, module in self.modules.items() if experts.is_experts(module)]
+        outer = {name: experts.outermost(name, self.modules) for name in found}
+        return [("experts", outer[name], *self._experts(outer[name], name, tile)) for name in found]
+
+    def _experts(self, name: str, inner: str, tile: int | None) -> tuple[str, list[InstanceForward]]:
+        form = experts.fit_experts(self.modules[inner])
+        if isinstance(form, Declined):
+            return str(form), []
+        if name not in self.trace.routed:
+            return self._unreachable(name) or "called with more than states, choices and weights", []
+        width, choices = self.trace.routed[name]
+        module = self.modules[name]
+        base: Any = self.modules[inner]
+        some = min(base.num_experts, max(choices, experts.PROOF_EXPERTS))
+        self.trace.shapes[name] = (1, width)
+        return self._prove(
+            name,
+            experts.Routed(experts.some_experts(module, some), choices),
+            lambda clone: [experts.RoutedForward(clone, form, tile)],
+            [experts.ExpertsForward(module, form, tile)],
+        )
+
     def linears(self, kinds: Sequence[str], taken: set[str], base: Any) -> Chosen:
-        """Adapted linears outside the replaced MLPs, by shared input."""
+        """Linears with an adapter or in 4-bit outside the replaced MLPs, by shared input."""
         chosen: Chosen = []
         output = base.get_output_embeddings()
         for name, module in self.modules.items():
+            if is_adapted_parameter(module):
+                continue  # around experts, which are a kind of their own
             if is_adapted(module) and linear_shape(module) is None and "linear" in kinds:
                 kind = type(getattr(module, "base_layer", module)).__name__
                 chosen.append(("linear", name, f"the base layer is a {kind}", []))
@@ -208,7 +281,7 @@ class Prover:
             if kind not in kinds:
                 continue
             members = [self.modules[name] for name in group]
-            if not any(is_adapted(member) for member in members):
+            if not any(is_adapted(member) or is_linear_4bit(member) for member in members):
                 if kind != "linear":
                     reason = "has no adapter: a frozen linear saves nothing"
                     chosen.append((kind, ", ".join(group), reason, []))
@@ -291,7 +364,9 @@ def _attention(base: Any, report: PatchReport, batch: dict[str, Tensor]) -> None
         report.parts.append(Part("attention", names[module], True, "proven by the check of the whole model"))
 
 
-def _recompute(base: Any, report: PatchReport, choice: Choice) -> None:
+def put_recompute(base: Any, report: PatchReport, choice: Choice) -> None:
+    """Switch recompute on as ``choice`` says."""
+
     def run(tokens: int) -> Any:
         return base(**sample_batch(base, tokens=tokens), use_cache=False).loss
 

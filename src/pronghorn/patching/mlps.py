@@ -15,6 +15,7 @@ from pronghorn.ops.shapes import ACTIVATIONS, Activation, MlpLayout
 from pronghorn.patching.adapted import linear_shape, lora_parts
 from pronghorn.patching.forwards import NO_GRADIENT, Declined, InstanceForward
 from pronghorn.patching.proof import distance, randomise
+from pronghorn.quant.library import compute_in
 
 # float32 results of the same formula in another order of operations differ by less; another formula by far
 # more
@@ -67,15 +68,8 @@ def is_mlp(module: nn.Module) -> bool:
     )
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether ``module`` holds the weights of many experts, stacked into three dimensions."""
-    return sum(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)) >= 2
-
-
 def odd_mlp(module: nn.Module) -> str | None:
-    """Why something that is an MLP by name or by its weights is not worth a probe, or None."""
-    if is_experts(module):
-        return "stacked expert weights: transformers' own grouped products run"
+    """Why something that is an MLP by name is not worth a probe, or None."""
     linears = [child for child in module.children() if getattr(child, "weight", None) is not None]
     if "mlp" not in type(module).__name__.lower() or len(linears) < 2 or is_mlp(module):
         return None
@@ -109,6 +103,7 @@ def _candidates(module: nn.Module) -> list[tuple[tuple[str, ...], str, MlpLayout
 def fit_mlp(module: nn.Module, shape: tuple[int, ...]) -> MlpForm | Declined:
     """The roles and activation that reproduce the module's numbers in train mode, or why none do."""
     clone = copy.deepcopy(module).float().train()
+    compute_in(clone, torch.float32)
     randomise(clone)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((1, 5, *shape[2:]) if len(shape) > 2 else (5, *shape[1:]), generator=generator)

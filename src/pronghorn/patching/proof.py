@@ -1,8 +1,8 @@
 """Is a replacement as true as the original? Outputs and gradients, on the module itself, in train mode.
 
-The truth is the original run in a wider dtype. The replacement may be no further from it than the original is
-in the dtype at hand, times ``SLACK``. Checks: randomised weights in float32 and in bfloat16, then the
-module's own weights in its own dtype.
+The truth is the original run in a wider dtype, a 4-bit weight being there what it decodes to. The replacement
+may be no further from it than the original is in the dtype at hand, times ``SLACK``. Checks: randomised
+weights in float32 and in bfloat16, then the module's own weights in its own dtype.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pronghorn.patching.forwards import InstanceForward
+from pronghorn.quant.library import as_plain, compute_in, linears_4bit
 
 SLACK = 1.5
 # Below this a distance means nothing: modules that compute in float32 whatever their dtype leave a float64
@@ -78,7 +80,9 @@ def prove(subject: nn.Module, build: Build, shape: tuple[int, ...], *, randomise
         shape: of the input; its leading dimensions are replaced by ``[1, rows]`` where it has three or fewer.
         randomised: also check float32 and bfloat16 with randomised weights, not only the subject's own.
     """
-    own = next((p.dtype for p in subject.parameters() if p.is_floating_point()), torch.float32)
+    packed = (module.weight.quant_state.dtype for _, module in linears_4bit(subject))
+    floating = (p.dtype for p in subject.parameters() if p.is_floating_point())
+    own = next(chain(packed, floating), torch.float32)
     generic = "randomised weights"
     runs = [(f"{generic}, float32", torch.float32, True), (f"{generic}, bfloat16", torch.bfloat16, True)]
     last = (f"own weights, {own}".replace("torch.", ""), own, False)
@@ -104,13 +108,15 @@ def _check(
 ) -> Verdict:
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     base = _copy(subject, wide)
+    compute_in(base, dtype)
     if random:
         randomise(base)
     full = (1, rows, *shape[2:]) if len(shape) >= 3 else (rows, *shape[1:])
     generator = torch.Generator().manual_seed(rows)
     device = next((p.device for p in subject.parameters()), torch.device("cpu"))
     x = (torch.randn(full, generator=generator, dtype=torch.float64) * 1.3 + 0.1).to(device)
-    truth = results(base, _original, x.to(wide), generator)
+    with as_plain(base, wide):
+        truth = results(base, _original, x.to(wide), generator)
     narrow = base.to(dtype)
     plain = results(narrow, _original, x.to(dtype), generator)
     forwards = build(narrow)
@@ -163,10 +169,17 @@ def _copy(subject: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def randomise(module: nn.Module) -> None:
-    """Generic weights: matrices of unit gain, vectors around 0.7, so that no factor is 1 and no term 0."""
+    """Generic weights: matrices of unit gain, vectors around 0.7, so that no factor is 1 and no term 0.
+
+    4-bit weights get other codes under their own magnitudes.
+    """
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.parameters():
+            if not parameter.is_floating_point():
+                codes = torch.randint(0, 256, parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.copy_(codes.to(parameter.device))
+                continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             value = noise * 0.5 + 0.7 if parameter.dim() < 2 else noise / parameter.shape[-1] ** 0.5
             parameter.copy_(value.to(parameter.device))

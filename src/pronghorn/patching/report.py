@@ -11,6 +11,7 @@ from typing import Any
 
 from pronghorn.patching.forwards import InstanceForward, install, remove
 
+REPLACEABLE = ("norm", "attention", "qkv", "o", "linear", "mlp", "experts", "loss")
 KINDS = ("norm", "rope", "attention", "qkv", "o", "linear", "mlp", "experts", "loss", "recompute")
 
 
@@ -29,7 +30,7 @@ class Part:
 class Choice:
     """What ``accelerate`` was asked for, to be asked again when adapters are attached."""
 
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = REPLACEABLE
     mlp_tile_tokens: int | None = None
     recompute: str | None = None
     activation_bytes: int | None = None
@@ -42,6 +43,8 @@ class PatchReport:
     parts: list[Part] = field(default_factory=list)
     forwards: dict[str, list[InstanceForward]] = field(default_factory=dict)
     model_check: str = "not run"
+    packed: str = ""
+    """how 4-bit weights are decoded; empty for a model without any"""
     switches: list[Any] = field(default_factory=list)
     """things that are not instance forwards and know how to ``on()`` and ``off()`` themselves"""
 
@@ -79,6 +82,7 @@ class PatchReport:
         return {
             "kinds": kinds,
             "model_check": self.model_check,
+            **({"packed": self.packed} if self.packed else {}),
             "fallbacks": self.fallbacks(),
             "parts": [asdict(part) for part in self.parts],
         }
@@ -94,6 +98,7 @@ class PatchReport:
             if found:
                 why = "; ".join(f"{count}: {reason}" for reason, count in self.left(kind).items())
                 lines.append(f"{kind:<10} {found:>5} {replaced:>8}  {why}".rstrip())
+        lines += [f"4-bit: {self.packed}"] if self.packed else []
         return "\n".join([*lines, f"whole model: {self.model_check}"])
 
     def undo(self) -> None:

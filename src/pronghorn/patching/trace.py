@@ -23,6 +23,8 @@ class Trace:
     """shape of the first tensor each module received as its only argument"""
     called: set[str] = field(default_factory=set)
     """every module that ran, with whatever arguments"""
+    routed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(width, choices) of modules called with states, chosen experts and their weights, of two dimensions"""
     groups: list[tuple[str, ...]] = field(default_factory=list)
     """linears in call order; those that received the very same tensor one after the other are together"""
 
@@ -51,6 +53,8 @@ def trace(model: nn.Module, batch: dict[str, Tensor]) -> Trace:
                 found.shapes.setdefault(name, tuple(given[0].shape))
                 if is_linear:
                     seen.append((name, given[0], given[0]._version))
+            if not kwargs and len(args) == 3 and all(isinstance(a, Tensor) and a.dim() == 2 for a in args):
+                found.routed.setdefault(name, (args[0].shape[1], args[1].shape[1]))
 
         return hook
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from pronghorn.patching.proof import FLOOR, Verdict, worst
 from pronghorn.patching.report import PatchReport
 from pronghorn.patching.trace import sample_batch, train_mode
-from pronghorn.quant.library import linears_4bit
+from pronghorn.quant.library import as_plain, linears_4bit
 
 # a float32 copy of the model is the truth for a narrower one; above this size it is not made
 COPY_BYTES = 4 * 2**30
 MORE_BATCHES = 8
 # of the loss: the same logits, summed in another order
 LOSS_BOUND = 1e-4
-CHECKED = ("norm", "attention", "qkv", "o", "linear", "mlp", "loss", "recompute")
+CHECKED = ("norm", "attention", "qkv", "o", "linear", "mlp", "experts", "loss", "recompute")
 
 
 def forward_only(model: Any, batch: dict[str, Tensor]) -> None:
@@ -62,12 +62,18 @@ def _compare(base: Any, report: PatchReport, without: tuple[str, ...]) -> Verdic
     return verdict if verdict.passed else _compare_on(base, report, without, MORE_BATCHES)
 
 
-def _in_float32(base: Any) -> Any:
-    """A float32 copy; 4-bit weights stay as they are and are computed with in float32."""
+def _float32_bytes(base: Any) -> int:
+    """What a float32 copy takes, its 4-bit weights decoded."""
+    packed: int = sum(m.in_features * m.out_features - m.weight.numel() for _, m in linears_4bit(base))
+    stored: int = sum(parameter.numel() for parameter in base.parameters())
+    return 4 * (packed + stored)
+
+
+def _in_float32(base: Any, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+    """:func:`_pooled` of a float32 copy, in which 4-bit weights are what they decode to."""
     clone = torch.nn.Module.float(copy.deepcopy(base))  # transformers' own refuses a model in 4-bit
-    for _, module in linears_4bit(clone):
-        module.compute_dtype = torch.float32
-    return clone
+    with as_plain(clone, torch.float32):
+        return _pooled(clone, batches)
 
 
 def _compare_on(base: Any, report: PatchReport, without: tuple[str, ...], rounds: int) -> Verdict:
@@ -76,8 +82,8 @@ def _compare_on(base: Any, report: PatchReport, without: tuple[str, ...], rounds
     batches = [batch for seed in range(rounds) for batch in _batches(base, seed)]
     with report.disabled():
         plain = _pooled(base, batches)
-        wide = own == torch.float32 or sum(p.numel() for p in base.parameters()) * 4 > COPY_BYTES
-        truth = list(plain) if wide else _pooled(_in_float32(base), batches)
+        wide = own == torch.float32 or _float32_bytes(base) > COPY_BYTES
+        truth = list(plain) if wide else _in_float32(base, batches)
     with report.disabled(without):
         try:
             ours = _pooled(base, batches)

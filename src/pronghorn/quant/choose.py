@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.quant.nf4 import BLOCK
+from pronghorn.ops.packed import BLOCK
 from pronghorn.weights import keymap
 
 HEAD = "the output head"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pronghorn.errors import SourceError
+from pronghorn.ops.packed import NESTED_BLOCK, Scales, decode_span
 from pronghorn.quant import nf4
 from pronghorn.weights.folder import WeightFolder
 from pronghorn.weights.reader import TORCH_DTYPES, read_rows, read_tensor
@@ -45,10 +46,10 @@ class StoredNF4:
     block: int
     nested_block: int
     offset: float
-    _scales: list[nf4.Scales] = field(default_factory=list, compare=False, repr=False)
+    _scales: list[Scales] = field(default_factory=list, compare=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
-    def scales(self) -> nf4.Scales:
+    def scales(self) -> Scales:
         """The block magnitudes, read once; safe for threads."""
         with self._lock:
             if not self._scales:
@@ -65,7 +66,7 @@ class StoredNF4:
         )
         flat = replace(self.entry, shape=(self.entry.nbytes,), dtype="U8")
         codes = read_rows(self.shard, flat, low // 2, (high + 1) // 2)
-        values = nf4.decode_span(codes, self.scales(), begin, end)
+        values = decode_span(codes, self.scales(), begin, end)
         return values.view(last - first, width).to(TORCH_DTYPES[self.dtype])
 
     @property
@@ -73,12 +74,12 @@ class StoredNF4:
         """Bytes of all its tensors."""
         return self.entry.nbytes + sum(entry.nbytes for _, entry in self.parts.values())
 
-    def _read_scales(self) -> nf4.Scales:
+    def _read_scales(self) -> Scales:
         codes = read_tensor(*self.parts[nf4.ABSMAX])
         if nf4.NESTED_ABSMAX not in self.parts:
-            return nf4.Scales(codes, None, 0.0, self.block)
+            return Scales(codes, None, 0.0, self.block)
         nested, code = read_tensor(*self.parts[nf4.NESTED_ABSMAX]), read_tensor(*self.parts[nf4.NESTED_CODE])
-        return nf4.Scales(codes, nested, self.offset, self.block, self.nested_block, code)
+        return Scales(codes, nested, self.offset, self.block, self.nested_block, code)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class EncodedNF4:
     shard: Shard
     entry: TensorEntry
     dtype: torch.dtype
-    _scales: list[nf4.Scales] = field(default_factory=list, compare=False, repr=False)
+    _scales: list[Scales] = field(default_factory=list, compare=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def rows(self, first: int, last: int) -> torch.Tensor:
@@ -182,7 +183,7 @@ def _stored(weights: WeightFolder, name: str) -> StoredNF4:
         tuple(state["shape"]),
         state["dtype"],
         state["blocksize"],
-        state.get("nested_blocksize", nf4.NESTED_BLOCK),
+        state.get("nested_blocksize", NESTED_BLOCK),
         float(state.get("nested_offset", 0.0)),
     )
     _check_sizes(weights, name, found)
@@ -201,10 +202,7 @@ def _state(
         state["dtype"] = names[str(state["dtype"])]
         shape: Any = state["shape"]
         sizes = [state["blocksize"], state.get("nested_blocksize", 1), *shape]
-        right = (
-            state["blocksize"] in _BLOCKS
-            and state.get("nested_blocksize", nf4.NESTED_BLOCK) == nf4.NESTED_BLOCK
-        )
+        right = state["blocksize"] in _BLOCKS and state.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK
         if (
             state["quant_type"] != "nf4"
             or not right

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pronghorn.errors import ConfigError
+from pronghorn.versions import numbers, satisfies, untested
 
 LIBRARIES = (
     "pronghorn", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors",
@@ -31,7 +32,6 @@ for one in distributions():
 print(json.dumps({"python": sys.version.split()[0], "packages": found}))
 """
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?$")
-_RULE = re.compile(r"(>=|<=|==|!=|<|>)\s*([0-9][^,\s]*)")
 _IMAGES = ("torchvision", "torchaudio", "torchcodec")
 # torch's wheels bring the CUDA runtime as one of these
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
@@ -115,7 +115,7 @@ def diagnose(python: Path | None = None) -> Diagnosis:
 
 def examine(environment: Environment) -> Iterator[Finding]:
     """Every rule, on one environment."""
-    for rule in (_unmet, _vllm_plugins, _builds, _quantisation, _drivers):
+    for rule in (_unmet, _untested, _vllm_plugins, _builds, _quantisation, _drivers):
         yield from rule(environment)
 
 
@@ -138,6 +138,16 @@ def _unmet(environment: Environment) -> Iterator[Finding]:
                     True, f"{name} needs {other}{rule}, {have} is installed", f"pip install '{other}{rule}'",
                     "its metadata",
                 )  # fmt: skip
+
+
+def _untested(environment: Environment) -> Iterator[Finding]:
+    """Libraries outside the tested range, in an environment that pronghorn works in."""
+    if "pronghorn" in environment.versions:
+        for found in untested(environment.versions):
+            yield Finding(
+                False, f"pronghorn has not been tested with {found}", "install a version in that range",
+                "make test-matrix",
+            )  # fmt: skip
 
 
 def _vllm_plugins(environment: Environment) -> Iterator[Finding]:
@@ -203,44 +213,15 @@ def _quantisation(environment: Environment) -> Iterator[Finding]:
 def _drivers(environment: Environment) -> Iterator[Finding]:
     label = re.search(r"\+cu(\d\d)\d", environment.versions.get("torch", ""))
     runtimes = [environment.versions[name] for name in _RUNTIMES if name in environment.versions]
-    generation = int(label[1]) if label else _numbers(runtimes[0])[0] if runtimes else 0
+    generation = int(label[1]) if label else numbers(runtimes[0])[0] if runtimes else 0
     oldest = _OLDEST_DRIVER.get(generation, 0)
     for name, driver in environment.gpus:
-        if _numbers(driver)[:1] < (oldest,):
+        if numbers(driver)[:1] < (oldest,):
             yield Finding(
                 True, f"the driver {driver} of {name} is too old for CUDA {generation}",
                 f"install driver {oldest} or later, or a torch for an older CUDA",
                 "NVIDIA, CUDA Compatibility",
             )  # fmt: skip
-
-
-def satisfies(version: str, rules: str) -> bool:
-    """Whether a version keeps ``>=1.2,<2``; labels such as +cpu and pre-release marks do not count."""
-    have = _numbers(version)
-    for sign, text in _RULE.findall(rules):
-        prefix = text.endswith(".*")
-        want = _numbers(text)
-        size = max(len(have), len(want))
-        left, right = (one + (0,) * (size - len(one)) for one in (have, want))
-        if prefix:
-            left, right = have[: len(want)], want
-        order = (left > right) - (left < right)
-        kept = {
-            ">=": order >= 0,
-            "<=": order <= 0,
-            "==": order == 0,
-            "!=": order != 0,
-            "<": order < 0,
-            ">": order > 0,
-        }
-        if not kept[sign]:
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version.strip())
-    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def _gpus() -> Iterable[tuple[str, str]]:

@@ -28,6 +28,7 @@ from pronghorn.errors import (
 )
 from pronghorn.export.portable import served_pairs
 from pronghorn.export.verify import verify
+from pronghorn.export.verify_engines import LOGITS, MEANING, REFUSED
 from pronghorn.export.verify_model import available_bytes
 from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, read_json, resolve, resolve_base
 from pronghorn.sources.source import SourceKind
@@ -122,12 +123,13 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
 
 
 def _check_model(path: Path) -> None:
-    verify(path).raise_if_broken(allow_unverified=True)
-    method = (read_json(path / BASE_CONFIG).get("quantization_config") or {}).get("quant_method")
-    if method == "bitsandbytes":
+    report = verify(path)
+    report.raise_if_broken(allow_unverified=True)
+    found = report.engine("vllm")
+    if found.outcome in (REFUSED, LOGITS):
         raise NotSupportedError(
-            f"{path} is a bitsandbytes checkpoint, which vLLM reads no more since 0.28",
-            fix="export with --format w4a16, which vLLM reads itself; or install vllm-bnb-plugin beside vLLM",
+            f"{path} in vLLM: {MEANING[found.outcome]}: {'; '.join(found.reasons)}",
+            fix="; ".join(found.fixes),
         )
 
 

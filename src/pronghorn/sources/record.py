@@ -23,6 +23,7 @@ class AdapterRecord:
     names in the PEFT model; ``vocab_rows`` is the number of embedding rows where the vocabulary was resized.
     ``quantization`` is "nf4" where the base was held in 4-bit; ``quantised`` are then the tensors of its
     files that were, and ``quantised_dtype`` ("bfloat16", ...) is what they decoded to.
+    ``tokenizer_changes`` says in words what the tokenizer's files hold that those of the base do not.
     """
 
     base_name: str
@@ -38,10 +39,11 @@ class AdapterRecord:
     quantization: str | None = None
     quantised_dtype: str | None = None
     quantised: tuple[str, ...] = ()
+    tokenizer_changes: tuple[str, ...] = ()
 
 
 _OPTIONAL_TEXT = ("base_revision", "base_path", "base_fingerprint", "tied", "quantization", "quantised_dtype")
-_LISTS = ("trainable", "quantised")
+_LISTS = ("trainable", "quantised", "tokenizer_changes")
 _OPTIONAL_COUNT = ("max_seq_length", "rank", "vocab_rows")
 
 

@@ -16,7 +16,7 @@ from pronghorn.errors import TrainingError
 from pronghorn.training import ranks
 from pronghorn.training.checkpoint import rotate, seal
 from pronghorn.training.config import RunConfig
-from pronghorn.training.folder import RunFolder
+from pronghorn.training.folder import RunFolder, extend_json
 from pronghorn.training.metrics import MetricsLog, row_from_logs
 from pronghorn.training.trainer import LoopState, Schedule, first_names
 
@@ -43,6 +43,8 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         """Set the flags the Trainer acts on."""
         config, step = self.context.config, state.global_step
+        if step % self.context.schedule.steps_per_epoch == 0:
+            state.epoch = step / self.context.schedule.steps_per_epoch  # empty batches were counted too
         control.should_evaluate = self.context.has_eval and self._due(step, config.eval.every_steps)
         control.should_save = self._due(step, config.checkpoints.every_steps)
         return self._obey_stop(control)
@@ -90,8 +92,9 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the step."""
+        """Start the clock of the step, and its loss."""
         self._began = time.monotonic()
+        self.context.loop.step_loss = 0.0
 
     def on_log(
         self,
@@ -106,9 +109,30 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         if row is None or not ranks.is_first():
             return
         if "loss" in row:
+            row["loss"] = float(self.context.loop.step_loss)  # transformers 4.56 rounds its own to 4 decimals
             row["tokens"] = self.context.loop.tokens
             row["seconds"] = round(time.monotonic() - self._began, 4)
         self.metrics.append(row)
+
+
+class MeterCallback(TrainerCallback):  # type: ignore[misc]
+    """After the first optimizer step: predicted beside measured into the manifest, and no more measuring."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called after each optimizer step."""
+        meter, self.context.loop.meter = self.context.loop.meter, None
+        if meter is not None:
+            extend_json(self.context.folder.manifest, "memory", meter.summary(optimizer))
 
 
 class SealCallback(TrainerCallback):  # type: ignore[misc]

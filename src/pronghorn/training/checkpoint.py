@@ -107,7 +107,8 @@ def damage(path: Path) -> str:
 
 
 def _missing(names: Iterable[str]) -> list[str]:
-    """Required files that are not among ``names``; of several processes each has random numbers of its own."""
+    """Required files that are not among ``names``; of several processes each has random numbers of its
+    own."""
     there = {_RNG if _RNG_OF_ONE.fullmatch(name) else name for name in names}
     return [name for name in REQUIRED_FILES if name not in there]
 

@@ -43,8 +43,10 @@ class PackCollator:
     the longest is one more row of padding, on which nothing trains. The label of each row's first token is
     ignored, as in ``PadCollator``. ``tokens`` [B] counts without padding.
 
-    ``varlen`` is for flash attention, which has no mask: ``cu_seq_lens_q`` and ``_k``, where the rows of all bins
-    begin and end in B x T tokens, and ``max_length_q`` and ``_k``, the longest row, under transformers' own names.
+    ``varlen`` is for flash attention, which has no mask: ``cu_seq_lens_q`` and ``_k``, where the rows of
+    all bins
+    begin and end in B x T tokens, and ``max_length_q`` and ``_k``, the longest row, under transformers'
+    own names.
     By itself it would read them from ``position_ids`` again in every layer, and for B > 1 not at all.
     """
 
@@ -82,7 +84,8 @@ class RowCollator:
 
 
 def wants_varlen(model: Any) -> bool:
-    """Whether the attention of a model is told the borders of packed rows instead of a mask: flash attention is."""
+    """Whether the attention of a model is told the borders of packed rows instead of a mask: flash
+    attention is."""
     return "flash" in str(model.config.get_text_config()._attn_implementation)
 
 

@@ -51,6 +51,9 @@ class ModelSection(Section):
         None,
         description="nf4: hold the base in 4-bit; none: in 16-bit, or fail; empty: as its folder says.",
     )
+    new_tokens: tuple[str, ...] | None = Field(
+        None, description="Tokens to add to tokenizer and model; their rows train with the adapter."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code shipped inside the model folder.")
 
 
@@ -67,9 +70,11 @@ class TrainingSection(Section):
         ge=1,
         description="Forward passes per optimizer step; the loss is divided by the tokens of all of them.",
     )
-    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+    attention: Literal[
+        "auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = Field(
         "auto",
-        description="How attention is computed, by transformers' names. auto: as loaded, and faster where proven.",
+        description="How attention is computed, by auto: as loaded, or faster if proven.",
     )
     learning_rate: float = Field(2e-4, gt=0, lt=10, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -99,6 +104,12 @@ class TrainingSection(Section):
         description="Compute activations again in backward: true for every layer (far less memory, about "
         "25 % more time), false for none, unsloth for every layer with its input in host memory, auto for "
         "as many layers as the free memory asks for.",
+    )
+
+    over_budget: Literal["refuse", "warn", "skip"] = Field(
+        "refuse",
+        description="What happens when the plan of the run needs more memory than there is: refuse to "
+        "train, warn and train, or skip the plan.",
     )
 
     @model_validator(mode="after")
@@ -215,6 +226,17 @@ def parse_config(values: Any, *, origin: str = "configuration") -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise explain(error, RunConfig, origin) from None
+
+
+def as_config(config: RunConfig | str | Path | dict[str, Any]) -> RunConfig:
+    """A configuration as it is given to public functions: ready, as a mapping, or the path of a run.yaml.
+
+    Raises:
+        ConfigError: as ``parse_config`` and ``load_config``.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -104,3 +104,8 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """``write_whole`` of indented JSON."""
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def extend_json(path: Path, key: str, value: dict[str, Any]) -> None:
+    """Set one key of a JSON file, written whole again."""
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), key: value})

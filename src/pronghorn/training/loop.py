@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pronghorn.patching.trl_head import fuse_trl_head
 from pronghorn.training.callbacks import (
     FlowCallback,
+    MeterCallback,
     MetricsCallback,
     RunContext,
     SealCallback,
@@ -20,6 +21,7 @@ from pronghorn.training.checkpoint import Checkpoint
 from pronghorn.training.config import RunConfig
 from pronghorn.training.folder import RunFolder
 from pronghorn.training.material import Material
+from pronghorn.training.meter import Meter
 from pronghorn.training.metrics import MetricsLog
 from pronghorn.training.progress import Narrator, ProgressCallback
 from pronghorn.training.signals import StopSignals
@@ -58,6 +60,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             callbacks=[
                 self,
                 FlowCallback(self._context),
+                MeterCallback(self._context),
                 MetricsCallback(self._context, metrics),
                 self._seal,
                 self._progress,
@@ -87,9 +90,10 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         """Whether a stop request left steps or an evaluation to do."""
         return self.step < self.total or self._state.eval_due
 
-    def run(self, start: Checkpoint | None) -> None:
-        """Train to the end, or until a stop request."""
+    def run(self, start: Checkpoint | None, meter: Meter | None = None) -> None:
+        """Train to the end, or until a stop request; ``meter`` measures the first step of a fresh run."""
         self._start = start
+        self._state.meter = meter if start is None else None
         self._state.stop.in_loop = True
         if start is None:
             self._narrator.say(f"training {self.total} steps")
@@ -102,6 +106,10 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             f"resuming from {start.path}, {self.total - start.step} of {self.total} steps to go"
         )
         if start.step < self.total:
+            epoch, steps = divmod(start.step, self._context.schedule.steps_per_epoch)
+            if steps:
+                passes = self._context.config.training.gradient_accumulation
+                self._state.resumed_at = (epoch, steps * passes)
             self._trainer.train(resume_from_checkpoint=str(start.path))
         else:
             self._finish_from(start)

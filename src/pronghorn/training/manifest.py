@@ -10,6 +10,7 @@ from typing import Any
 from pronghorn.adapters.record import library_versions
 from pronghorn.errors import RunConflictError
 from pronghorn.training.config import RunConfig
+from pronghorn.training.folder import write_json
 
 _LIBRARIES = ("pronghorn", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
@@ -21,6 +22,7 @@ _FREE_KEYS = (
     "data.cache",
     "eval.batch_size",
     "training.recompute",
+    "training.over_budget",
 )
 # content that may have changed although run.yaml says the same
 _CONTENT_KEYS = (
@@ -80,6 +82,22 @@ def require_same_content(path: Path, now: dict[str, Any]) -> None:
         if _at(old, key) != _at(now, key)
     ]
     _refuse(lines, path.parent)
+
+
+def add_fallbacks(path: Path, fallbacks: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Add what one leg counted to the manifest: calls of replaced parts that ran the original, and why.
+
+    Returns:
+        The counts of all legs so far: kind of part -> reason -> calls.
+    """
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    total: dict[str, dict[str, int]] = manifest["acceleration"]["fallbacks"]
+    for kind, reasons in fallbacks.items():
+        for reason, calls in reasons.items():
+            counts = total.setdefault(kind, {})
+            counts[reason] = counts.get(reason, 0) + calls
+    write_json(path, manifest)
+    return total
 
 
 def changed_versions(path: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.adapters.attach import attach_lora
+from pronghorn.adapters.new_tokens import add_new_tokens
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.data.prepare import prepare
@@ -16,6 +17,7 @@ from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import no_bars
 from pronghorn.patching.accelerate import RECOMPUTE_MODES, accelerate
+from pronghorn.patching.report import PatchReport
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
 from pronghorn.training import ranks
@@ -50,6 +52,7 @@ class Material:
     rows: Any
     eval_rows: Any
     manifest: dict[str, Any]
+    acceleration: PatchReport | None = None
 
     def save(self, folder: Path) -> None:
         """Write the adapter folder; it appears complete or not at all."""
@@ -76,6 +79,8 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     narrator.say(f"loading {source.name}")
     with no_bars():
         model, tokenizer = load(source, options, say=narrator.say)
+    if wanted.new_tokens is not None:
+        add_new_tokens(model, tokenizer, wanted.new_tokens, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
     with ranks.first_alone():  # load() set the tokenizer's limit to what was asked
@@ -87,14 +92,15 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     manifest = _manifest(config, model, prepared.report)
     if ranks.count() > 1:
         manifest["processes"] = ranks.count()
+    acceleration = None
     if config.training.accelerate:
         acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
         narrator.say(str(acceleration))
         manifest["acceleration"] = acceleration.as_dict()
-    if prepared.bins is None:
-        return Material(model, tokenizer, prepared.train, prepared.eval, manifest)
-    narrator.say(f"packing: {require_isolation(model)}")
-    return Material(model, tokenizer, prepared.bins, prepared.eval, manifest)
+    if prepared.bins is not None:
+        narrator.say(f"packing: {require_isolation(model)}")
+    train = prepared.train if prepared.bins is None else prepared.bins
+    return Material(model, tokenizer, train, prepared.eval, manifest, acceleration)
 
 
 def use_attention(model: Any, name: str) -> None:
@@ -115,7 +121,9 @@ def use_attention(model: Any, name: str) -> None:
     except ValueError as error:
         raise NotSupportedError(f"training.attention is {name}: {error}", fix=off) from error
     if base.config.get_text_config()._attn_implementation != name:
-        raise NotSupportedError(f"training.attention is {name}, which {type(base).__name__} does not take", fix=off)
+        raise NotSupportedError(
+            f"training.attention is {name}, which {type(base).__name__} does not take", fix=off
+        )
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Several processes that train one run together: started by torchrun or accelerate launch, joined over gloo.
 
-The first of them writes the run folder. All of them read the same rows, each trains on its own share of every step
+The first of them writes the run folder. All of them read the same rows, each trains on its own share of
+every step
 and evaluates its own share of the split. With one process, nothing here does anything.
 """
 
@@ -20,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pronghorn.errors import NotSupportedError
 
 IGNORED_LABEL = -100
-_PATIENCE = timedelta(days=1)  # the others wait while the first one tokenises; a launcher ends them if it dies
+_PATIENCE = timedelta(
+    days=1
+)  # the others wait while the first one tokenises; a launcher ends them if it dies
 
 
 def join() -> None:
@@ -96,7 +99,8 @@ def leave() -> None:
 
 
 class Filled(Dataset[Any]):
-    """Rows, and behind them one on which nothing trains, with which the last step of an epoch is filled up."""
+    """Rows, and behind them one on which nothing trains, with which the last step of an epoch is filled
+    up."""
 
     def __init__(self, rows: Any, pad: int) -> None:
         self.rows = rows
@@ -114,7 +118,8 @@ class Filled(Dataset[Any]):
 class SharedOrder(Sampler[int]):
     """The order of one process, filled up with blank rows until every process has equally many batches.
 
-    Accelerate deals out batches in turn, so that a step has the rows it would have on one process. It would fill up
+    Accelerate deals out batches in turn, so that a step has the rows it would have on one process. It
+    would fill up
     with rows from the beginning, which would train twice.
     """
 

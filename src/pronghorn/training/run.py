@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import TrainerCallback, set_seed
@@ -21,16 +21,24 @@ from pronghorn.errors import (
 )
 from pronghorn.training import ranks
 from pronghorn.training.checkpoint import Checkpoint, list_checkpoints, newest_valid, rotate
-from pronghorn.training.config import RunConfig, load_config, parse_config, with_lora_defaults
+from pronghorn.training.config import RunConfig, as_config, with_lora_defaults
 from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_failed
 from pronghorn.training.folder import RunFolder, write_json, write_whole
 from pronghorn.training.lock import RunLock
-from pronghorn.training.manifest import changed_versions, require_same_config, require_same_content
+from pronghorn.training.manifest import (
+    add_fallbacks,
+    changed_versions,
+    require_same_config,
+    require_same_content,
+)
 from pronghorn.training.material import Material, gather
 from pronghorn.training.metrics import MetricsLog, read_metrics
 from pronghorn.training.progress import Narrator
 from pronghorn.training.signals import StopSignals
 from pronghorn.training.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from pronghorn.training.meter import Meter
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def train(
         Preempted: a signal stopped the run, its state is sealed; calling again goes on.
         TrainingError: a checkpoint could not be written or restored.
     """
-    config = _as_config(config)
+    config = as_config(config)
     folder = RunFolder(config.output.folder.expanduser().absolute())
     ranks.join()
     narrator = Narrator(quiet=config.logging.progress == "none" or not ranks.is_first())
@@ -86,12 +94,6 @@ def train(
             folder.clean()
         ranks.wait()
         return _run(config, folder, narrator, stop, callbacks)
-
-
-def _as_config(config: RunConfig | str | Path | dict[str, Any]) -> RunConfig:
-    if isinstance(config, RunConfig):
-        return config
-    return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def _settled(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -132,6 +134,7 @@ def _run(
     check_trackers(config.logging.report_to)
     if ranks.is_first():
         write_whole(folder.config, config.to_yaml())
+    meter = _planned(config, narrator)
     set_seed(config.seed)
     try:
         material = gather(config, narrator)
@@ -151,9 +154,10 @@ def _run(
             narrator.say(f"libraries changed since the run began: {', '.join(changed)}")
     if ranks.is_first():
         if start is None or not folder.manifest.exists():
-            write_json(folder.manifest, material.manifest)
+            planned = {} if meter is None else {"plan": meter.plan.as_dict()}
+            write_json(folder.manifest, {**material.manifest, **planned})
         MetricsLog(folder.metrics).continue_after(-1 if start is None else start.step)
-    _loop(config, folder, narrator, stop, material, start, callbacks)
+    _loop(config, folder, narrator, stop, material, start, callbacks, meter)
     if ranks.is_first():
         material.save(folder.adapter)
         folder.clean()
@@ -161,6 +165,28 @@ def _run(
     ranks.wait()
     narrator.say(f"adapter written to {folder.adapter}")
     return _result(folder, resumed_from=start.step if start else None)
+
+
+def _planned(config: RunConfig, narrator: Narrator) -> Meter | None:
+    """Plan the run before anything is loaded, and refuse it if it does not fit; None where that is skipped.
+
+    Raises:
+        OutOfMemoryError: the run does not fit, and ``training.over_budget`` is "refuse".
+        MissingDependencyError: trl is not installed.
+    """
+    if config.training.over_budget == "skip":
+        return None
+    try:
+        from pronghorn.training.meter import Meter
+        from pronghorn.training.plan import Planner, detect, require_fit
+    except ImportError as error:
+        raise MissingDependencyError(f"training needs trl: {error}", fix="pip install trl") from error
+    planner = Planner(config, detect())
+    made = planner.brief()
+    narrator.say(str(made))
+    if config.training.over_budget == "refuse":
+        require_fit(made)
+    return Meter(planner, made)
 
 
 def _loop(
@@ -171,6 +197,7 @@ def _loop(
     material: Material,
     start: Checkpoint | None,
     callbacks: Sequence[TrainerCallback],
+    meter: Meter | None,
 ) -> None:
     try:
         from pronghorn.training.loop import Loop
@@ -179,7 +206,7 @@ def _loop(
     loop: Loop | None = None
     try:
         loop = Loop(config, folder, narrator, stop, material, callbacks)
-        loop.run(start)
+        loop.run(start, meter)
     except PronghornError:
         raise
     except Exception as error:
@@ -192,6 +219,10 @@ def _loop(
     finally:
         if loop is not None:
             loop.close()
+    if material.acceleration is not None and (counted := material.acceleration.fallbacks()):
+        for kind, reasons in add_fallbacks(folder.manifest, counted).items():
+            why = "; ".join(f"{calls}: {reason}" for reason, calls in reasons.items())
+            narrator.say(f"calls that ran the original {kind}: {why}")
     if loop.unfinished:
         raise Preempted(
             f"stopped by {stop.requested} after step {loop.step} of {loop.total}; its checkpoint is "

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import skip_first_batches
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -23,9 +25,12 @@ from trl import SFTConfig, SFTTrainer
 from pronghorn.errors import NonFiniteLossError
 from pronghorn.training import ranks
 from pronghorn.training.collate import TOKENS, RowCollator, wants_varlen
-from pronghorn.training.config import RunConfig
+from pronghorn.training.config import RunConfig, TrainingSection
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from pronghorn.training.meter import Meter
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
 
@@ -37,7 +42,10 @@ class LoopState:
     stop: StopSignals = field(default_factory=StopSignals)
     phase: str = "training"  # or "evaluation", "saving": what an error that arrives now belongs to
     tokens: int = 0  # tokens seen since the start of the run, padding not counted
+    meter: Meter | None = None  # of the first optimizer step
     eval_due: bool = False  # an evaluation was put off because the run had to stop
+    resumed_at: tuple[int, int] | None = None  # an epoch resumed within, and its batches that are done
+    step_loss: float | torch.Tensor = 0.0  # sum over the passes of the step at hand
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Schedule:
         return cls(per_epoch, total, int(total * training.warmup_ratio))
 
 
+def runs_in_bf16(training: TrainingSection, dtype: torch.dtype) -> bool:
+    """Whether the forward pass runs under autocast to bfloat16, for a base held in ``dtype``."""
+    return training.precision == "bf16" or (training.precision == "auto" and dtype == torch.bfloat16)
+
+
 def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: Any) -> SFTConfig:
     """TRL's arguments for ``config``; evaluation, saving and stopping are driven by our callbacks instead.
 
@@ -70,7 +83,7 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
     training = config.training
     known = {item.name for item in dataclasses.fields(SFTConfig)}
     on_cpu = model.device.type == "cpu"
-    bf16 = training.precision == "bf16" or (training.precision == "auto" and model.dtype == torch.bfloat16)
+    bf16 = runs_in_bf16(training, model.dtype)
     # transformers 5.22 renamed gradient_checkpointing*; the old names warn there
     recompute = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -137,6 +150,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         callbacks: list[TrainerCallback],
     ) -> None:
         self.loop = loop
+        self._resumed: Iterator[Any] | None = None
+        self._rest: Iterator[Any] = iter(())
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with _kept_as_loaded(model):
             super().__init__(
@@ -155,7 +170,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if ranks.count() == 1:
             return super()._get_train_sampler(*([] if train_dataset is None else [train_dataset]))
-        return ranks.SharedOrder(len(self.train_dataset), self.args.data_seed, self.args.per_device_train_batch_size)
+        return ranks.SharedOrder(
+            len(self.train_dataset), self.args.data_seed, self.args.per_device_train_batch_size
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The split; with several processes, this one's share of it."""
@@ -169,6 +186,34 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: TRL writes one into the output folder at every checkpoint."""
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of a step; a step that got too few is filled up with empty ones.
+
+        Up to 4.57 transformers asks for a full step at the end of an epoch it resumes within, and takes the
+        optimizer step only when that many have come: a partial last step would be lost.
+        """
+        if self.loop.resumed_at is not None:
+            self._resumed = epoch_iterator
+            self._rest = self._rest_of_epoch(*self.loop.resumed_at, epoch_iterator)
+            self.loop.resumed_at = None
+        if epoch_iterator is self._resumed:
+            epoch_iterator = self._rest
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            batches += [{"input_ids": torch.empty(0)}] * (num_batches - len(batches))
+        return batches, items
+
+    def _rest_of_epoch(self, epoch: int, done: int, skipped: Iterator[Any]) -> Iterator[Any]:
+        """What the Trainer skipped to, if that is in the order of ``epoch``.
+
+        A loader of accelerate 1.10 that skips batches forgets the epoch: the rest would be that of the first.
+        """
+        loader = self.callback_handler.train_dataloader
+        loader.set_epoch(epoch)
+        if skip_first_batches(loader, done).iteration == epoch:
+            return skipped
+        return itertools.islice(loader, done, None)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
@@ -179,13 +224,25 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             step.
         """
         self.loop.phase = "training"
+        if not inputs["input_ids"].numel():
+            return torch.zeros((), device=self.args.device)
         seen = inputs.pop(TOKENS).sum() if TOKENS in inputs else inputs["attention_mask"].sum()
         self.loop.tokens += int(ranks.total([int(seen)])[0])
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        meter = self.loop.meter
+        with contextlib.nullcontext() if meter is None else meter.micro_step(self.model, inputs):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise non_finite("loss", loss.item(), self.state.global_step + 1)
         self._require_finite_gradients()
+        self.loop.step_loss += loss
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; what is alive after it is what backward needs."""
+        result = super().compute_loss(*args, **kwargs)
+        if self.loop.meter is not None:
+            self.loop.meter.forward_done()
+        return result
 
     def _require_finite_gradients(self) -> None:
         """Before clipping: it would spread a NaN over all tensors, and scale an overflowed norm to 0."""
@@ -264,3 +321,13 @@ def non_finite(what: str, value: float, step: int, where: str = "") -> NonFinite
 def first_names(names: list[str]) -> str:
     """The end of a sentence that names up to three tensors; empty for none."""
     return f", in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+
+
+def add_fused_head(base: Any) -> bool:
+    """Put TRL's fused head on a model as its trainer does; False where TRL has none (before 1.15)."""
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return False
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    return True

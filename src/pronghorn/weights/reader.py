@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 
 from pronghorn.errors import SourceError
+from pronghorn.weights.scratch import Scratch
 from pronghorn.weights.shards import Shard, TensorEntry
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -26,23 +27,36 @@ def read_tensor(shard: Shard, entry: TensorEntry) -> torch.Tensor:
     return _read(shard, entry, entry.start, entry.shape)
 
 
-def read_rows(shard: Shard, entry: TensorEntry, first: int, last: int) -> torch.Tensor:
+def read_rows(
+    shard: Shard, entry: TensorEntry, first: int, last: int, scratch: tuple[Scratch, str] | None = None
+) -> torch.Tensor:
     """Rows ``first`` (included) to ``last`` (excluded) of a tensor with at least one dimension.
 
     Returns:
-        A tensor ``[last - first, *entry.shape[1:]]`` in the stored dtype.
+        A tensor ``[last - first, *entry.shape[1:]]`` in the stored dtype; its memory is its own, or that
+        of the role which ``scratch`` names.
     """
     if not entry.shape or not 0 <= first <= last <= entry.shape[0]:
         raise ValueError(f"rows {first}:{last} of {entry.name} {entry.shape}")
     row_bytes = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
-    return _read(shard, entry, entry.start + first * row_bytes, (last - first, *entry.shape[1:]))
+    return _read(shard, entry, entry.start + first * row_bytes, (last - first, *entry.shape[1:]), scratch)
 
 
-def _read(shard: Shard, entry: TensorEntry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _read(
+    shard: Shard,
+    entry: TensorEntry,
+    start: int,
+    shape: tuple[int, ...],
+    scratch: tuple[Scratch, str] | None = None,
+) -> torch.Tensor:
     if entry.dtype not in TORCH_DTYPES:
         raise SourceError(f"{entry.name} in {shard.path} is {entry.dtype}, which cannot be read as a tensor")
     dtype = TORCH_DTYPES[entry.dtype]
-    buffer = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    count = prod(shape) * dtype.itemsize
+    if scratch is None:
+        buffer = torch.empty(count, dtype=torch.uint8)
+    else:
+        buffer = scratch[0].take(scratch[1], (count,), torch.uint8)
     with shard.path.open("rb", buffering=0) as file:
         read_into(file.fileno(), start, buffer.numpy().data, shard)
     return buffer.view(dtype).reshape(shape)

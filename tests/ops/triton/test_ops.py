@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pronghorn.errors import NotSupportedError
 from pronghorn.ops import reference, select
+from pronghorn.ops.packed import Packed, Scales, decode
 from pronghorn.ops.shapes import Activation, LogitStep, LoraPart, MlpLayout, NormForm
 from pronghorn.ops.triton import pieces
+from pronghorn.quant import nf4
 from tests.ops.measure import assert_as_true_as, saved_storages
 from tests.ops.triton.canary import DEVICE, randn
 
@@ -293,3 +295,24 @@ def test_on_a_device_the_kernels_do_it() -> None:
     assert select.norm(x, None, None, EARLY).grad_fn.pieces is pieces.NORM  # type: ignore[union-attr]
     wide = randn(3, 8).double().requires_grad_()
     assert select.norm(wide, None, None, EARLY).grad_fn.pieces is not pieces.NORM  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(33, 128), (7, 90)])
+def test_nf4_decode(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = nf4.encode(randn(*shape, seed=1))
+    out, twin = (torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
+    with no_wait():
+        assert select.nf4_decode(weight, out, using="triton") is out
+    # the compiler may fuse the product and the sum of a magnitude: one rounding fewer
+    torch.testing.assert_close(out, select.nf4_decode(weight, twin, using="torch"), rtol=2e-3, atol=1e-7)
+    single = Packed(
+        weight.data, Scales(weight.scales.decode(0, weight.scales.codes.numel()), None, 0.0), shape, dtype
+    )
+    assert torch.equal(select.nf4_decode(single, out, using="triton"), decode(single, twin))
+
+
+def test_nf4_of_an_odd_number_of_values_is_refused() -> None:
+    weight = nf4.encode(randn(7, 63, seed=1))
+    with pytest.raises(NotSupportedError, match="the kernels do not take an odd number of values"):
+        select.nf4_decode(weight, torch.empty(7, 63, device=DEVICE), using="triton")

@@ -35,9 +35,8 @@ def absmax_kernel(codes_ptr, table_ptr, absmax_ptr, out_ptr, count, offset, bloc
     tl.store(out_ptr + at, tl.load(table_ptr + code) * scale + offset, mask=inside)
 
 
-def nf4_decode(packed: Tensor, absmax: Tensor, table: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """See ``plain.nf4_decode``."""
-    out = torch.empty(2 * packed.numel(), dtype=dtype, device=packed.device)
+def nf4_decode(packed: Tensor, absmax: Tensor, table: Tensor, block: int, out: Tensor) -> Tensor:
+    """See ``plain.nf4_decode``; ``out [2 * packed.numel()]`` is filled."""
     how = launch("nf4", packed.device)
     grid = (triton.cdiv(packed.numel(), how.block[0]),)
     nf4_kernel[grid](packed, absmax, table, out, packed.numel(), block, BLOCK=how.block[0], **how.options)

@@ -13,9 +13,10 @@ from pronghorn.ops.graph import flat_rows, like_input
 from pronghorn.ops.loss import LossPieces
 from pronghorn.ops.mlp import GatedPieces
 from pronghorn.ops.norm import NormPieces, Stats
+from pronghorn.ops.packed import Packed, levels
 from pronghorn.ops.reference import split
 from pronghorn.ops.shapes import Activation, LogitStep, MlpLayout, NormForm
-from pronghorn.ops.triton import cross_entropy, gated, norm
+from pronghorn.ops.triton import cross_entropy, gated, nf4, norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # a program holds a row; the gate shows that one of this length spills nothing
@@ -48,6 +49,26 @@ def loss_declines(hidden: Tensor, chain: Sequence[LogitStep]) -> str | None:
     if hidden.dtype not in DTYPES:
         return f"{hidden.dtype} input"
     return "logit steps other than scale, softcap, scale" if fold(chain) is None else None
+
+
+def nf4_declines(packed: Packed, out: Tensor) -> str | None:
+    """Why the decode kernels cannot take this weight, or None."""
+    if out.dtype not in DTYPES:
+        return f"{out.dtype} output"
+    return "an odd number of values" if out.numel() % 2 else None
+
+
+def nf4_decode(packed: Packed, out: Tensor) -> Tensor:
+    """See ``packed.decode``."""
+    scales = packed.scales
+    with _on(out):
+        magnitudes = scales.codes.float()
+        if scales.nested is not None:
+            magnitudes = nf4.absmax_decode(
+                scales.codes, scales.nested_table(), scales.nested, scales.offset, scales.nested_block
+            )
+        nf4.nf4_decode(packed.data.view(-1), magnitudes, levels(out.device), scales.block, out.view(-1))
+    return out
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:

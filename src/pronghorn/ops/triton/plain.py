@@ -90,10 +90,10 @@ def cross_entropy_(
     return loss.detach(), logsum.detach()
 
 
-def nf4_decode(packed: Tensor, absmax: Tensor, table: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """uint8 ``packed [n/2]``, high nibble first; float32 ``absmax [n/block]``, ``table [16]``; to ``[n]``."""
+def nf4_decode(packed: Tensor, absmax: Tensor, table: Tensor, block: int, out: Tensor) -> Tensor:
+    """uint8 ``packed [n/2]``, high nibble first; float32 ``absmax [n/block]``, ``table [16]``; to ``out``."""
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten().long()
-    return (table[codes] * absmax.repeat_interleave(block)[: codes.numel()]).to(dtype)
+    return out.copy_(table[codes] * absmax.repeat_interleave(block)[: codes.numel()])
 
 
 def absmax_decode(codes: Tensor, table: Tensor, absmax: Tensor, offset: float, block: int) -> Tensor:

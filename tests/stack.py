@@ -1,0 +1,43 @@
+"""What the installed libraries have, asked of them, so that a test can say what an older one does instead."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import peft
+import pytest
+import transformers
+from peft import LoraConfig
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests import tiny
+
+# PEFT 0.17 has no way to adapt a tied embedding and keep it one tensor with the head
+PEFT_KEEPS_TIED = "ensure_weight_tying" in {field.name for field in dataclasses.fields(LoraConfig)}
+
+
+def experts_are_stacked() -> bool:
+    """Whether a layer's experts are one parameter ``[experts, ...]``; in transformers 4 they are a list."""
+    return any(parameter.dim() == 3 for parameter in tiny.model("mixtral").parameters())
+
+
+@contextlib.contextmanager
+def only_newer_peft(refusal: type[Exception]) -> Iterator[None]:
+    """A block that makes an adapter which PEFT 0.17 cannot: there it must fail so, and the test ends."""
+    if PEFT_KEEPS_TIED:
+        yield
+        return
+    with pytest.raises(refusal):
+        yield
+    pytest.skip(f"peft {peft.__version__} makes no such adapter")
+
+
+def require_family(model_type: str) -> None:
+    """Skip the test where transformers says itself that it does not know this family."""
+    if model_type not in CONFIG_MAPPING:
+        with pytest.raises(ValueError, match=f"Unrecognized model identifier: {model_type}"):
+            AutoConfig.for_model(model_type)
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
