@@ -74,7 +74,7 @@ class TrainingSection(Section):
         "auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = Field(
         "auto",
-        description="How attention is computed, by auto: as loaded, or faster if proven.",
+        description="How attention is computed; auto: as loaded, or faster where that is proven.",
     )
     learning_rate: float = Field(2e-4, gt=0, lt=10, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
