@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from jinja2 import Environment, TemplateError, nodes
@@ -28,8 +29,12 @@ Kind = Literal["fixed", "text", "content", "texts", "message", "maybe", "message
 _TEXT: tuple[Kind, ...] = ("text", "content")
 _MESSAGE: tuple[Kind, ...] = ("message", "maybe")
 # Of a string that is not empty, what jinja's tests say.
-_TESTS = {"string": True, "defined": True, "iterable": True, "sequence": True}
-_TESTS |= {"none": False, "mapping": False, "undefined": False, "number": False, "boolean": False}
+_TESTS = MappingProxyType(
+    {
+        **dict.fromkeys(("string", "defined", "iterable", "sequence"), True),
+        **dict.fromkeys(("none", "mapping", "undefined", "number", "boolean"), False),
+    }
+)
 ROLES = ("system", "user", "assistant")
 _KEYS = ("role", "content")  # all that messages of these roles have here
 _ROUNDS = 20  # each round widens at least one variable; real templates need 3
