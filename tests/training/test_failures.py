@@ -176,8 +176,11 @@ def test_trackers_are_checked_before_anything_is_loaded(make_config: MakeConfig)
         train(make_config("b", logging={"report_to": "clearml"}, model={"name": "/nowhere"}))
 
 
-def test_several_processes_are_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_on_gpus_are_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError.__mro__[1], match="WORLD_SIZE is 2"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError.__mro__[1], match="WORLD_SIZE is 2: training on several GPUs"):
         train(make_config())
     assert os.environ["WORLD_SIZE"] == "2"

@@ -44,6 +44,8 @@ def train(
     if dry_run:
         typer.echo(with_lora_defaults(resolved).to_yaml(), nl=False)
         return
+    from pronghorn.training.ranks import leave
     from pronghorn.training.run import train as run
 
     run(resolved)
+    leave()

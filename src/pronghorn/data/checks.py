@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pronghorn.data.options import Format
 from pronghorn.data.preference import LAYOUTS as PREFERENCE_LAYOUTS
 from pronghorn.data.report import SHOWN, Check, Places
@@ -92,20 +94,14 @@ def run_checks(
 
 
 def _duplicates(tally: Tally, train: PartTally) -> Check:
-    seen: set[int] = set()
-    count = 0
-    first: list[str] = []
-    for index, value in enumerate(train.hashes):
-        if value in seen:
-            count += 1
-            if len(first) < SHOWN:
-                first.append(tally.place(train, index))
-        seen.add(value)
-    return Check("duplicates", not count, False, "rows equal to an earlier one", Places(count, tuple(first)))
+    hashes = np.asarray(train.hashes)
+    order = np.argsort(hashes, kind="stable")
+    again = np.sort(order[1:][hashes[order[1:]] == hashes[order[:-1]]])
+    places = Places(len(again), tuple(tally.place(train, index) for index in again[:SHOWN]))
+    return Check("duplicates", not len(again), False, "rows equal to an earlier one", places)
 
 
 def _overlap(tally: Tally, train: PartTally, held: PartTally) -> Check:
-    trained = set(train.hashes) if len(held.hashes) else set()
-    shared = [index for index, value in enumerate(held.hashes) if value in trained]
+    shared = np.flatnonzero(np.isin(np.asarray(held.hashes), np.asarray(train.hashes)))
     places = Places(len(shared), tuple(tally.place(held, index) for index in shared[:SHOWN]))
-    return Check("overlap", not shared, False, "evaluation rows that are also trained on", places)
+    return Check("overlap", not len(shared), False, "evaluation rows that are also trained on", places)

@@ -37,7 +37,7 @@ class IsolatedTemplate:
         self.seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
-        self._stops = 0
+        self.stops = 0  # conversations the template did not finish
         self._turn = Lock()  # one conversation with the process at a time
 
     def __enter__(self) -> IsolatedTemplate:
@@ -80,10 +80,10 @@ class IsolatedTemplate:
 
     def _stopped(self) -> RenderError:
         """Count a conversation that was not finished."""
-        self._stops += 1
-        if self._stops > MAX_STOPS:
+        self.stops += 1
+        if self.stops > MAX_STOPS:
             raise DataError(
-                f"the chat template ({self.template.origin}) did not finish on {self._stops} conversations "
+                f"the chat template ({self.template.origin}) did not finish on {self.stops} conversations "
                 f"within {self.seconds:g} s and {MEMORY_BYTES >> 30} GB each",
                 fix="the template loops or is hostile; give another with data.template=FILE",
             )

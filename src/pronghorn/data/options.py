@@ -79,7 +79,16 @@ class DataOptions(BaseModel):
     isolate: bool = Field(
         default=True, description="render the chat template in a process with limits on time and memory"
     )
-    cache: bool = Field(default=True, description="use tokenised rows of an earlier run on the same data")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        le=256,
+        description="processes that tokenise; 0 = this one alone, empty = one a core, for large files",
+    )
+    cache: bool = Field(
+        default=True,
+        description="use tokenised rows of an earlier run on the same data, also of one that was killed",
+    )
 
     @field_validator("train", "eval", mode="before")
     @classmethod

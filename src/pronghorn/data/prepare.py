@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from array import array
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pronghorn.data.checks import run_checks
-from pronghorn.data.isolated import IsolatedTemplate
+from pronghorn.data.chunks import Part, chunks
+from pronghorn.data.crew import done, workers_for
 from pronghorn.data.layout import find_layout, find_template, require_supervised
 from pronghorn.data.options import DataOptions
 from pronghorn.data.packing import write_bins
+from pronghorn.data.progress import Progress, Say
 from pronghorn.data.report import DataReport
 from pronghorn.data.rows import Source, open_source
-from pronghorn.data.store import cache_key, cache_root, content_hash, keep, new_folder
-from pronghorn.data.tally import PartTally
-from pronghorn.data.templates import Renderer
-from pronghorn.data.tokens import Encoder, check_tokenizer
-from pronghorn.data.work import Work
+from pronghorn.data.store import cache_key, cache_root, content_hash, folder_for, keep, read_shard
+from pronghorn.data.tally import PartTally, Tally
+from pronghorn.data.tokens import check_tokenizer
+from pronghorn.data.work import Job
 from pronghorn.errors import DataError
 
 
@@ -39,32 +38,39 @@ class Prepared:
     bins: Any | None = None
 
 
-def prepare(options: DataOptions, tokenizer: Any, max_length: int) -> Prepared:
+def prepare(options: DataOptions, tokenizer: Any, max_length: int, *, say: Say | None = None) -> Prepared:
     """Read, check, render, tokenise and mask the rows of a run.
 
     Args:
         options: the rows and how they train.
         tokenizer: the fast tokenizer of the base.
         max_length: tokens kept of each row.
+        say: told every few seconds how far it is.
 
     Raises:
         DataError: rows cannot be used (more than ``options.skip_bad``), mix formats or fail a check not
             in ``options.allow``, or none is left.
     """
-    prepared = examine(options, tokenizer, max_length)
+    prepared = examine(options, tokenizer, max_length, say=say)
     refuse(prepared.report, options)
     return prepared
 
 
-def examine(options: DataOptions, tokenizer: Any, max_length: int) -> Prepared:
+def examine(options: DataOptions, tokenizer: Any, max_length: int, *, say: Say | None = None) -> Prepared:
     """Like ``prepare``, for looking: bad rows and failed checks are in the report and stop nothing."""
     train = [open_source(name, options) for name in options.train]
     held = [open_source(name, options) for name in options.eval]
-    return examine_sources(train, held, options, tokenizer, max_length)
+    return examine_sources(train, held, options, tokenizer, max_length, say=say)
 
 
 def examine_sources(
-    train: list[Source], held: list[Source], options: DataOptions, tokenizer: Any, max_length: int
+    train: list[Source],
+    held: list[Source],
+    options: DataOptions,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    say: Say | None = None,
 ) -> Prepared:
     """``examine`` for rows that are already open; ``options.train`` and ``options.eval`` only name them."""
     check_tokenizer(tokenizer)
@@ -73,22 +79,13 @@ def examine_sources(
     require_supervised(layout)
     template = find_template(layout, [*train, *held], tokenizer, options)
     data_hash = content_hash([*train, *held])
-    root = cache_root()
-    target = root / cache_key(data_hash, options, tokenizer, template, max_length)
+    target = cache_root() / cache_key(data_hash, options, tokenizer, template, max_length)
     if options.cache and (target / "report.json").is_file():
         return _load(target, cached=True)
-    folder = new_folder(root)
-    try:
-        with ExitStack() as stack:
-            renderer: Renderer | None = template
-            if template is not None and template.plain and options.isolate:
-                renderer = stack.enter_context(IsolatedTemplate(template))
-            encoder = Encoder(tokenizer, renderer, options, max_length)
-            work = Work(layout, encoder, template)
-            trained = work.write(folder / "train.arrow", train)
-            evaluated = work.write(folder / "eval.arrow", held) if held else PartTally()
+    job = Job(tokenizer, template, layout, options, max_length)
+    with folder_for(target, resume=options.cache) as folder:
+        tally, trained, evaluated = _tokenise(job, folder, train, held, say)
         chosen = held_out(trained.hashes, options.eval_fraction, options.seed)
-        tally = work.tally
         report = DataReport(
             format=layout,
             sources=(*options.train, *options.eval),
@@ -116,10 +113,27 @@ def examine_sources(
             packing = write_bins(_rows(folder)[0], folder / "bins.arrow", budget, options.seed)
             report = replace(report, packing=packing)
         (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return _load(keep(folder, target), cached=False)
+        folder = keep(folder, target)
+    return _load(folder, cached=False)
+
+
+def _tokenise(
+    job: Job, folder: Path, train: list[Source], held: list[Source], say: Say | None
+) -> tuple[Tally, PartTally, PartTally]:
+    """Write all shards; what became of the rows, and where those to train and to evaluate on came from."""
+    total, parts = Tally(), {"train": PartTally(), "eval": PartTally()}
+    total.names = [source.name for source in (*train, *held)]
+    files = [path for source in (*train, *held) for path in source.files]
+    size = sum(path.stat().st_size for path in files)
+    workers = workers_for(job.options.workers, size)
+    by_lines = bool(files) and all(path.suffix.lower() == ".jsonl" for path in files)
+    progress = Progress(size if by_lines else None, workers, say)
+    for chunk in done(chunks(train, held), job, folder, workers):
+        tally, part = read_shard(folder, chunk.shard)
+        total.merge(tally)
+        parts[chunk.part].add(part)
+        progress.add(len(chunk.items), chunk.size)
+    return total, parts["train"], parts["eval"]
 
 
 def _budget(options: DataOptions, max_length: int) -> int | None:
@@ -207,15 +221,21 @@ def _load(folder: Path, *, cached: bool) -> Prepared:
 
 def _rows(folder: Path) -> tuple[Any, Any | None]:
     """The training rows of a folder, and those to evaluate on."""
-    from datasets import Dataset
-
-    train = Dataset.from_file(str(folder / "train.arrow"))
+    train = _shards(folder, "train")
     chosen = json.loads((folder / "held_out.json").read_text())
     held = None
     if chosen:
         aside = set(chosen)
         held = train.select(chosen)
         train = train.select([index for index in range(len(train)) if index not in aside])
-    elif (folder / "eval.arrow").is_file():
-        held = Dataset.from_file(str(folder / "eval.arrow"))
+    elif any(folder.glob("eval-*.arrow")):
+        held = _shards(folder, "eval")
     return train, held
+
+
+def _shards(folder: Path, part: Part) -> Any:
+    """The rows of all chunks, memory-mapped where they lie."""
+    from datasets import Dataset, concatenate_datasets
+
+    paths = sorted(folder.glob(f"{part}-*.arrow"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pronghorn.data.options import DataOptions
 from pronghorn.errors import DataError
@@ -51,14 +51,42 @@ class Row:
         return BadRow(self.file, self.number, field, reason)
 
 
+class Line(NamedTuple):
+    """A row of a .jsonl file that was not parsed yet."""
+
+    number: int
+    text: bytes
+
+    def parse(self, file: str) -> Row | BadRow:
+        """The row, if it is one."""
+        try:
+            # utf-8-sig: a byte-order mark may open the file, and each part of files joined with `cat`
+            value = json.loads(self.text.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            return BadRow(file, self.number, "", f"not UTF-8 at byte {error.start}; save the file as UTF-8")
+        except json.JSONDecodeError as error:
+            return BadRow(file, self.number, "", f"not JSON: {error.msg} at column {error.colno}")
+        except RecursionError:
+            return BadRow(file, self.number, "", "JSON nested too deeply")
+        return _object(value, file, self.number)
+
+
 @dataclass(frozen=True)
 class Source:
-    """One place rows come from. Its content is that of ``files``, and ``stamp`` says what they do not."""
+    """One place rows come from. Its content is that of ``files``, and ``stamp`` says what they do not.
+
+    ``unparsed`` gives lines still to be parsed, where there are lines: another process may do that.
+    """
 
     name: str
     files: tuple[Path, ...]
-    read: Callable[[], Iterator[Row | BadRow]]
+    unparsed: Callable[[], Iterator[Line | Row | BadRow]]
     stamp: str = ""
+
+    def read(self) -> Iterator[Row | BadRow]:
+        """The rows, parsed."""
+        for item in self.unparsed():
+            yield item.parse(self.name) if isinstance(item, Line) else item
 
 
 def open_source(name: str, options: DataOptions) -> Source:
@@ -89,7 +117,7 @@ def _open_file(path: Path, name: str) -> Source:
     return Source(name, (path,), lambda: reader(path, name))
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
+def _read_jsonl(path: Path, name: str) -> Iterator[Line | BadRow]:
     with path.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_ROW_BYTES + 1):
@@ -100,20 +128,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
                     size += len(line)
                 yield BadRow(name, number, "", _too_big(size))
             elif (text := line.strip()) and (number > 1 or text != b"\xef\xbb\xbf"):
-                yield _parse_line(text, name, number)
-
-
-def _parse_line(line: bytes, name: str, number: int) -> Row | BadRow:
-    try:
-        # utf-8-sig: a byte-order mark may open the file, and each part of files joined with `cat`
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRow(name, number, "", f"not UTF-8 at byte {error.start}; save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRow(name, number, "", f"not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadRow(name, number, "", "JSON nested too deeply")
-    return _object(value, name, number)
+                yield Line(number, text)
 
 
 def _object(value: Any, name: str, number: int) -> Row | BadRow:
@@ -122,7 +137,7 @@ def _object(value: Any, name: str, number: int) -> Row | BadRow:
     return Row(name, number, value)
 
 
-def _read_json(path: Path, name: str) -> Iterator[Row | BadRow]:
+def _read_json(path: Path, name: str) -> Iterator[Line | Row | BadRow]:
     if _is_json_lines(path):
         yield from _read_jsonl(path, name)
         return
@@ -203,7 +218,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
             yield Row(name, number, without_nulls(value))
 
 
-_READERS: MappingProxyType[str, Callable[[Path, str], Iterator[Row | BadRow]]] = MappingProxyType(
+_READERS: MappingProxyType[str, Callable[[Path, str], Iterator[Line | Row | BadRow]]] = MappingProxyType(
     {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 )
 

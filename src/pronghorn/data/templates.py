@@ -81,6 +81,11 @@ class ChatTemplate:
         """Whether the tokenizer renders as transformers does, not by code of its own."""
         return type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
 
+    @property
+    def single(self) -> bool:
+        """Whether all conversations are written with ``text``: transformers picks among several by name."""
+        return not self.own or isinstance(self.tokenizer.chat_template, str)
+
     def render(self, prefixes: Sequence[Prefix]) -> list[str | RenderError]:
         """Render each; those the template raises on become a ``RenderError``."""
         texts: list[str | RenderError] = [""] * len(prefixes)

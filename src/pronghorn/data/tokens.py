@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from pronghorn.data.formats import Chat, Pair, RowError, Sample, Text
+from pronghorn.data.isolated import IsolatedTemplate
 from pronghorn.data.options import DataOptions
+from pronghorn.data.shapes import Shapes
 from pronghorn.data.spans import (
     LONGEST_SPECIAL,
     Located,
@@ -23,7 +25,7 @@ from pronghorn.data.spans import (
     marked_spans,
     trained_messages,
 )
-from pronghorn.data.templates import Renderer
+from pronghorn.data.templates import ChatTemplate, Renderer
 from pronghorn.errors import DataError
 
 IGNORE = -100
@@ -31,20 +33,30 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids and labels of equal length, cut to the limit; ``full_length`` is the length before cutting.
+    """Token ids, cut to the limit, and the runs ``[first, last)`` of them that train, in order and apart.
+
+    ``full_length`` is the length before cutting.
 
     ``flags`` names the checks of ``checks.ROW_CHECKS`` it fails, and ``rewritten``.
     """
 
     input_ids: list[int]
-    labels: list[int]
+    runs: tuple[tuple[int, int], ...]
     full_length: int
     flags: tuple[str, ...] = ()
 
     @property
+    def labels(self) -> list[int]:
+        """The ids that train, -100 elsewhere."""
+        labels = [IGNORE] * len(self.input_ids)
+        for first, last in self.runs:
+            labels[first:last] = self.input_ids[first:last]
+        return labels
+
+    @property
     def trained(self) -> int:
         """Number of labels that train."""
-        return len(self.labels) - self.labels.count(IGNORE)
+        return sum([last - first for first, last in self.runs])
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -77,7 +89,13 @@ class Encoder:
         self.template = template
         self.options = options
         self.max_length = max_length
+        self.shapes = self._shapes(template) if template is not None else None
         self.leading_ids  # noqa: B018 - the first call sets truncation and padding off, which threads must not
+
+    def _shapes(self, renderer: Renderer) -> Shapes:
+        template = renderer.template if isinstance(renderer, IsolatedTemplate) else renderer
+        assert isinstance(template, ChatTemplate)
+        return Shapes(template, renderer, self.options.loss_on, self.special_texts)
 
     @cached_property
     def special_texts(self) -> frozenset[str]:
@@ -174,7 +192,8 @@ class Encoder:
     def _chats(self, samples: Sequence[Any]) -> list[list[EncodedRow] | RowError]:
         if self.template is None:
             raise DataError("conversations need a chat template", fix="give one with data.template=FILE")
-        found = locate(self.template, samples, self.options.loss_on, self.special)
+        assert self.shapes is not None
+        found = self.shapes.locate(samples)
         located = [item for item in found if isinstance(item, Located)]
         encoded = iter(self._located(located))
         rows: list[list[EncodedRow] | RowError] = []
@@ -245,6 +264,7 @@ class Encoder:
         parts = [
             _until(chat, index) for index in (chosen if self.options.rewritten == "split" else chosen[-1:])
         ]
+        assert self.template is not None
         found = locate(self.template, parts, "last_assistant", self.special)
         for item in found:
             if isinstance(item, RowError):
@@ -260,14 +280,16 @@ class Encoder:
     def _cut(
         self, ids: list[int], runs: Iterable[tuple[int, int]], flags: tuple[str, ...] = ()
     ) -> EncodedRow:
-        labels = [IGNORE] * len(ids)
-        for first, last in runs:
-            labels[first:last] = ids[first:last]
         if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id]:
             flags = (*flags, "bos")
-        labels[:1] = [IGNORE] * len(labels[:1])  # nothing stands before the first token to predict it from
-        kept = self.max_length
-        return EncodedRow(ids[:kept], labels[:kept], len(ids), flags)
+        kept: list[tuple[int, int]] = []
+        at = 1  # nothing stands before the first token to predict it from
+        for first, last in runs:
+            first, last = max(first, at), min(last, self.max_length)
+            if first < last:
+                kept.append((first, last))
+                at = last
+        return EncodedRow(ids[: self.max_length], tuple(kept), len(ids), flags)
 
 
 def _until(chat: Chat, index: int) -> Chat:

@@ -1,4 +1,4 @@
-"""Rows of all parts of a run, streamed through one encoder into Arrow files and counted in one tally."""
+"""One chunk of rows through the encoder into an Arrow file, with an account of what became of each row."""
 
 from __future__ import annotations
 
@@ -6,25 +6,41 @@ import gc
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+from pronghorn.data.chunks import Chunk
 from pronghorn.data.formats import Chat, RowError, Sample, to_sample
+from pronghorn.data.isolated import IsolatedTemplate
 from pronghorn.data.layout import refuse_mixed, renamed
-from pronghorn.data.options import Format
-from pronghorn.data.rows import BadRow, Row, Source
-from pronghorn.data.store import ArrowFile
-from pronghorn.data.tally import PartTally, Tally, row_hash
-from pronghorn.data.templates import ChatTemplate
+from pronghorn.data.options import DataOptions, Format
+from pronghorn.data.rows import BadRow, Row
+from pronghorn.data.store import ArrowFile, keep_shard
+from pronghorn.data.tally import PartTally, Tally
+from pronghorn.data.templates import ChatTemplate, Renderer
 from pronghorn.data.tokens import EncodedRow, Encoder
 
 BATCH = 1000  # rows rendered and tokenised at once: 0.5 MB of ids at 90 tokens a row
 AHEAD = 2  # batches encoded ahead, one rendered while the other is tokenised
-SERVED_ALIKE = 100  # conversations also encoded as a server would
+SERVED_ALIKE = 100  # conversations of each source also encoded as a server would
 
 _Batch = list[tuple[Row, Sample]]
 _Results = list[list[EncodedRow] | RowError]
+
+
+@dataclass(frozen=True)
+class Job:
+    """How the rows of a run become tokens: all a worker needs besides them."""
+
+    tokenizer: Any
+    template: ChatTemplate | None
+    layout: Format
+    options: DataOptions
+    max_length: int
 
 
 @contextmanager
@@ -41,55 +57,77 @@ def _imports_left_alone() -> Iterator[None]:
 
 
 class Work:
-    """Rows of all parts through one encoder into files, counted in one tally."""
+    """Works on chunks, one after the other; a context manager.
 
-    def __init__(self, layout: Format, encoder: Encoder, template: ChatTemplate | None) -> None:
-        self.layout = layout
-        self.encoder = encoder
-        self.options = encoder.options
-        self.template = template
-        self.tally = Tally()
-        self.served = 0
+    Args:
+        job: what is done with the rows.
+        folder: where shards go.
+        ahead: batches encoded in threads while others are counted and written; 0 for a process among several.
+    """
 
-    def write(self, path: Path, sources: list[Source]) -> PartTally:
-        """Write all usable rows to ``path``."""
-        part = PartTally()
-        with ArrowFile(path) as file, _imports_left_alone():
-            for source in sources:
-                self.tally.names.append(source.name)
-                for batch, results in self._encoded(self._samples(source)):
-                    kept = self._kept(batch, results)
-                    file.write([row.input_ids for _, row in kept], [row.labels for _, row in kept])
-                    part.hashes.extend(row_hash(row.input_ids) for _, row in kept)
-                    part.numbers.extend(number for number, _ in kept)
-                    part.files.extend([len(self.tally.names) - 1] * len(kept))
-        return part
+    def __init__(self, job: Job, folder: Path, *, ahead: int = AHEAD) -> None:
+        self.job = job
+        self.folder = folder
+        self.ahead = ahead
+        self.options = job.options
 
-    def _samples(self, source: Source) -> Iterator[tuple[Row, Sample]]:
+    def __enter__(self) -> Work:
+        self._stack = ExitStack()
+        self._stack.enter_context(_imports_left_alone())
+        template, self._isolated = self.job.template, None
+        renderer: Renderer | None = template
+        if template is not None and template.plain and self.options.isolate:
+            renderer = self._isolated = self._stack.enter_context(IsolatedTemplate(template))
+        self.encoder = Encoder(self.job.tokenizer, renderer, self.options, self.job.max_length)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def do(self, chunk: Chunk) -> None:
+        """Write the shard of a chunk."""
+        self.tally, part, self.served = Tally(), PartTally(), 0 if chunk.first else SERVED_ALIKE
+        if self._isolated is not None:
+            self._isolated.stops = 0  # counted by chunk, so that it does not matter who works on which
+        with ArrowFile(self.folder / f"{chunk.shard}.arrow") as file:
+            for batch, results in self._encoded(self._samples(chunk)):
+                kept = self._kept(batch, results)
+                part.hashes.extend(file.write([row for _, row in kept]))
+                part.numbers.extend([number for number, _ in kept])
+                part.files.extend([chunk.file] * len(kept))
+        keep_shard(self.folder, chunk.shard, self.tally, part)
+
+    def _samples(self, chunk: Chunk) -> Iterator[tuple[Row, Sample]]:
         """Every row that says what to train on; the others are counted as bad."""
-        for row in source.read():
+        for row in chunk.rows():
             self.tally.rows_read += 1
             if isinstance(row, BadRow):
                 self.tally.add_bad(row)
                 continue
             row = renamed(row, self.options)
             if self.options.format == "auto":
-                refuse_mixed(row, self.layout)
+                refuse_mixed(row, self.job.layout)
             try:
-                yield row, to_sample(row, self.layout, self.options.system)
+                yield row, to_sample(row, self.job.layout, self.options.system)
             except RowError as error:
                 self.tally.add_bad(row.bad(error.field, error.reason))
 
     def _encoded(self, samples: Iterator[tuple[Row, Sample]]) -> Iterator[tuple[_Batch, _Results]]:
-        """Batches with their rows, in order; while one is used the next two are being encoded.
+        """Batches with their rows, in order; while one is used the next are being encoded.
 
         Threads are enough: the renderer is another process, and the Rust tokenizer frees Python's lock.
         """
+        if not self.ahead:
+            while batch := list(islice(samples, BATCH)):
+                yield batch, self.encoder.encode([sample for _, sample in batch])
+            return
         waiting: deque[tuple[_Batch, Future[_Results]]] = deque()
-        with ThreadPoolExecutor(AHEAD) as pool:
+        with ThreadPoolExecutor(self.ahead) as pool:
             while batch := list(islice(samples, BATCH)):
                 waiting.append((batch, pool.submit(self.encoder.encode, [sample for _, sample in batch])))
-                if len(waiting) > AHEAD:
+                if len(waiting) > self.ahead:
                     done, future = waiting.popleft()
                     yield done, future.result()
             for done, future in waiting:
@@ -103,7 +141,7 @@ class Work:
             if isinstance(result, RowError):
                 self.tally.add_bad(row.bad(result.field, result.reason))
                 continue
-            if isinstance(sample, Chat) and self.served < SERVED_ALIKE:
+            if self.served < SERVED_ALIKE and isinstance(sample, Chat):
                 self._compare_serving(row, sample, result)
             kept += [
                 (row.number, each) for each in result if self.tally.keeps(each, row, drop_long=drop_long)
@@ -112,8 +150,9 @@ class Work:
 
     def _compare_serving(self, row: Row, chat: Chat, encoded: list[EncodedRow]) -> None:
         """Flag the row if a server, which calls apply_chat_template, would see other ids."""
-        if self.template is None or "rewritten" in encoded[0].flags:
+        template = self.job.template
+        if template is None or "rewritten" in encoded[0].flags:
             return
         self.served += 1
-        if self.template.ids(chat.messages, chat.tools)[: self.encoder.max_length] != encoded[0].input_ids:
+        if template.ids(chat.messages, chat.tools)[: self.encoder.max_length] != encoded[0].input_ids:
             self.tally.flagged["serving"].add(f"{row.file}:{row.number}")

@@ -13,6 +13,7 @@ import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pronghorn.errors import TrainingError
+from pronghorn.training import ranks
 from pronghorn.training.checkpoint import rotate, seal
 from pronghorn.training.config import RunConfig
 from pronghorn.training.folder import RunFolder, extend_json
@@ -72,7 +73,8 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
 
     def _obey_stop(self, control: TrainerControl) -> TrainerControl:
         loop = self.context.loop
-        if loop.stop.requested:
+        if ranks.total([bool(loop.stop.requested)])[0]:
+            loop.stop.requested = loop.stop.requested or "a signal to another process"
             loop.eval_due = loop.eval_due or control.should_evaluate
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
@@ -104,7 +106,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """One row per step and evaluation."""
         row = row_from_logs(logs or {}, state.global_step)
-        if row is None:
+        if row is None or not ranks.is_first():
             return
         if "loss" in row:
             row["loss"] = float(self.context.loop.step_loss)  # transformers 4.56 rounds its own to 4 decimals
@@ -157,10 +159,14 @@ class SealCallback(TrainerCallback):  # type: ignore[misc]
             "eval_due": loop.eval_due,
             "weights": weight_digests(model),
         }
-        self.metrics.sync()
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.last_sealed = seal(written, folder.checkpoints, state.global_step, progress).step
-        rotate(folder.checkpoints, self.context.config.checkpoints.keep)
+        ranks.wait()  # each has written its random state
+        if ranks.is_first():
+            self.metrics.sync()
+            written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            seal(written, folder.checkpoints, state.global_step, progress)
+            rotate(folder.checkpoints, self.context.config.checkpoints.keep)
+        ranks.wait()
+        self.last_sealed = state.global_step
         loop.phase = "training"
 
 

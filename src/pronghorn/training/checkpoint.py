@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ REQUIRED_FILES = (
     PROGRESS_NAME,
 )
 _UNUSED_FILES = ("training_args.bin",)  # a raw pickle that resuming never reads
+_RNG = "rng_state.pth"
+_RNG_OF_ONE = re.compile(r"rng_state_\d+\.pth")
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -61,7 +63,7 @@ def seal(written: Path, checkpoints: Path, step: int, progress: dict[str, Any]) 
             if path.name not in _UNUSED_FILES:
                 path.rename(staging / path.name)
         (staging / PROGRESS_NAME).write_text(json.dumps(progress, indent=2), encoding="utf-8")
-        missing = [name for name in REQUIRED_FILES if not (staging / name).is_file()]
+        missing = _missing(path.name for path in staging.iterdir() if path.is_file())
         if missing:
             raise TrainingError(
                 f"the checkpoint of step {step} lacks {', '.join(missing)}",
@@ -88,9 +90,8 @@ def damage(path: Path) -> str:
         return f"{MANIFEST_NAME} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_NAME} is not readable"
-    for name in REQUIRED_FILES:
-        if name not in listed:
-            return f"{name} is missing"
+    if missing := _missing(listed):
+        return f"{missing[0]} is missing"
     for name, (size, digest) in listed.items():
         file = path / name
         try:
@@ -103,6 +104,13 @@ def damage(path: Path) -> str:
         except OSError as error:
             return f"{name} cannot be read: {error}"
     return ""
+
+
+def _missing(names: Iterable[str]) -> list[str]:
+    """Required files that are not among ``names``; of several processes each has random numbers of its
+    own."""
+    there = {_RNG if _RNG_OF_ONE.fullmatch(name) else name for name in names}
+    return [name for name in REQUIRED_FILES if name not in there]
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

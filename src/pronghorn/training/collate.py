@@ -12,7 +12,7 @@ IGNORED_LABEL = -100
 TOKENS = "tokens"  # of a packed batch: tokens in each bin; for counting, not for the model
 NOT_FOR_THE_MODEL = ("labels", TOKENS)
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors, and for flash attention two numbers
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,31 @@ class PackCollator:
     borders from ``position_ids`` and keep attention within each. What is left of a bin that is shorter than
     the longest is one more row of padding, on which nothing trains. The label of each row's first token is
     ignored, as in ``PadCollator``. ``tokens`` [B] counts without padding.
+
+    ``varlen`` is for flash attention, which has no mask: ``cu_seq_lens_q`` and ``_k``, where the rows of
+    all bins
+    begin and end in B x T tokens, and ``max_length_q`` and ``_k``, the longest row, under transformers'
+    own names.
+    By itself it would read them from ``position_ids`` again in every layer, and for B > 1 not at all.
     """
 
     pad_token_id: int
+    varlen: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Collate bins with ``input_ids``, ``labels``, and the ``lengths`` of the rows in them."""
         ids, labels, sizes = _padded(rows, self.pad_token_id)
         positions = torch.empty_like(ids)
+        borders: list[torch.Tensor] = []
         for index, row in enumerate(rows):
             spare = ids.shape[1] - int(sizes[index])
             lengths = torch.as_tensor([*row["lengths"], spare])  # a row of no tokens has no position
             starts = lengths.cumsum(0) - lengths
             positions[index] = torch.arange(ids.shape[1]) - starts.repeat_interleave(lengths)
             labels[index, starts[:-1]] = IGNORED_LABEL
-        return {"input_ids": ids, "position_ids": positions, "labels": labels, TOKENS: sizes}
+            borders.append(lengths[lengths > 0])
+        batch = {"input_ids": ids, "position_ids": positions, "labels": labels, TOKENS: sizes}
+        return {**batch, **_varlen(torch.cat(borders))} if self.varlen else batch
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,25 @@ class RowCollator:
     """Bins are packed, rows are padded: a run trains on the one and evaluates on the other."""
 
     pad_token_id: int
+    varlen: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Collate rows of one kind."""
-        kind = PackCollator if "lengths" in rows[0] else PadCollator
-        return kind(self.pad_token_id)(rows)
+        if "lengths" in rows[0]:
+            return PackCollator(self.pad_token_id, self.varlen)(rows)
+        return PadCollator(self.pad_token_id)(rows)
+
+
+def wants_varlen(model: Any) -> bool:
+    """Whether the attention of a model is told the borders of packed rows instead of a mask: flash
+    attention is."""
+    return "flash" in str(model.config.get_text_config()._attn_implementation)
+
+
+def _varlen(lengths: torch.Tensor) -> Batch:
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _padded(rows: Sequence[dict[str, Any]], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -71,6 +71,12 @@ class TrainingSection(Section):
         ge=1,
         description="Forward passes per optimizer step; the loss is divided by the tokens of all of them.",
     )
+    attention: Literal[
+        "auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = Field(
+        "auto",
+        description="How attention is computed; auto: as loaded, or faster where that is proven.",
+    )
     learning_rate: float = Field(2e-4, gt=0, lt=10, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="How the learning rate falls."

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pronghorn.errors import NotSupportedError
-from pronghorn.training.collate import NOT_FOR_THE_MODEL, PackCollator, PadCollator
+from pronghorn.training.collate import NOT_FOR_THE_MODEL, PackCollator, PadCollator, wants_varlen
 
 BINS = ((11, 17), (9,))  # rows of two bins; the second bin is filled up with padding
 MORE = 6  # tokens behind a row that may not change what came before them
@@ -91,7 +91,7 @@ def measure_isolation(model: Any) -> Isolation:
     ]
     with _evaluated_in_float32(model):
         bins = [_row([*chain.from_iterable(members)], [*map(len, members)]) for members in rows]
-        packed = _logits(model, PackCollator(0)(bins))
+        packed = _logits(model, PackCollator(0, wants_varlen(model))(bins))
         difference = control = largest = 0.0
         for index, members in enumerate(rows):
             start = 0
@@ -115,9 +115,11 @@ def _worse(so_far: float, values: torch.Tensor) -> float:
     return float(torch.maximum(torch.tensor(so_far), values.abs().max().float().cpu()))
 
 
-def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     inputs = {
-        name: tensor.to(model.device) for name, tensor in batch.items() if name not in NOT_FOR_THE_MODEL
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name not in NOT_FOR_THE_MODEL
     }
     logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits.detach().float()

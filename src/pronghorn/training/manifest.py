@@ -25,7 +25,14 @@ _FREE_KEYS = (
     "training.over_budget",
 )
 # content that may have changed although run.yaml says the same
-_CONTENT_KEYS = ("base.fingerprint", "data.data_hash", "data.template_hash", "data.packing", "trainable")
+_CONTENT_KEYS = (
+    "base.fingerprint",
+    "data.data_hash",
+    "data.template_hash",
+    "data.packing",
+    "trainable",
+    "processes",
+)
 
 
 def run_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.data.prepare import prepare
 from pronghorn.data.templates import choose_template
+from pronghorn.errors import MissingDependencyError, NotSupportedError
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.strict import no_bars
@@ -19,6 +20,7 @@ from pronghorn.patching.accelerate import RECOMPUTE_MODES, accelerate
 from pronghorn.patching.report import PatchReport
 from pronghorn.sources.resolve import resolve
 from pronghorn.sources.source import SourceKind
+from pronghorn.training import ranks
 from pronghorn.training.config import RunConfig, with_lora_defaults
 from pronghorn.training.isolation import require_isolation
 from pronghorn.training.manifest import run_versions, trainable_tensors
@@ -81,11 +83,15 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
         add_new_tokens(model, tokenizer, wanted.new_tokens, say=narrator.say)
     if config.data.template is not None:
         tokenizer.chat_template = choose_template(tokenizer, config.data.template, {}).text
-    prepared = prepare(config.data, tokenizer, tokenizer.model_max_length)  # load() set it to what was asked
+    with ranks.first_alone():  # load() set the tokenizer's limit to what was asked
+        prepared = prepare(config.data, tokenizer, tokenizer.model_max_length, say=narrator.say)
     narrator.show(prepared.report)
     if not is_adapter:
         model = attach_lora(model, config.lora, say=narrator.say)
+    use_attention(model, config.training.attention)
     manifest = _manifest(config, model, prepared.report)
+    if ranks.count() > 1:
+        manifest["processes"] = ranks.count()
     acceleration = None
     if config.training.accelerate:
         acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
@@ -95,6 +101,29 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
         narrator.say(f"packing: {require_isolation(model)}")
     train = prepared.train if prepared.bins is None else prepared.bins
     return Material(model, tokenizer, train, prepared.eval, manifest, acceleration)
+
+
+def use_attention(model: Any, name: str) -> None:
+    """Have transformers compute attention in another way.
+
+    Raises:
+        MissingDependencyError: its library is not installed.
+        NotSupportedError: the model does not have it.
+    """
+    if name == "auto":
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    off = "set training.attention=auto"
+    try:
+        base.set_attn_implementation(name)
+    except ImportError as error:
+        raise MissingDependencyError(f"training.attention is {name}: {error}", fix=off) from error
+    except ValueError as error:
+        raise NotSupportedError(f"training.attention is {name}: {error}", fix=off) from error
+    if base.config.get_text_config()._attn_implementation != name:
+        raise NotSupportedError(
+            f"training.attention is {name}, which {type(base).__name__} does not take", fix=off
+        )
 
 
 def _manifest(config: RunConfig, model: Any, report: Any) -> dict[str, Any]:

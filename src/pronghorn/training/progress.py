@@ -44,7 +44,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar, if there is a terminal to draw it on."""
-        if self.options.progress == "auto" and sys.stdout.isatty():
+        if self.options.progress == "auto" and sys.stdout.isatty() and not self.narrator.quiet:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from transformers import TrainerCallback, set_seed
 
 from pronghorn.errors import (
     ConfigError,
     MissingDependencyError,
-    NotSupportedError,
     Preempted,
     PronghornError,
     RunConflictError,
 )
+from pronghorn.training import ranks
 from pronghorn.training.checkpoint import Checkpoint, list_checkpoints, newest_valid, rotate
 from pronghorn.training.config import RunConfig, as_config, with_lora_defaults
 from pronghorn.training.failures import is_out_of_memory, out_of_memory, save_failed
@@ -80,20 +79,25 @@ def train(
     """
     config = as_config(config)
     folder = RunFolder(config.output.folder.expanduser().absolute())
-    narrator = Narrator(quiet=config.logging.progress == "none")
-    folder.create()
-    with RunLock(folder.root), StopSignals() as stop, _kept_environment():
+    ranks.join()
+    narrator = Narrator(quiet=config.logging.progress == "none" or not ranks.is_first())
+    if ranks.is_first():
+        folder.create()
+    ranks.wait()
+    lock = RunLock(folder.root) if ranks.is_first() else contextlib.nullcontext()
+    with lock, StopSignals() as stop, _kept_environment():
         config = _settled(config, folder)
         if folder.adapter.is_dir():
             narrator.say(f"{folder.root} is a finished run; its adapter is {folder.adapter}")
             return _result(folder, was_finished=True)
-        folder.clean()
+        if ranks.is_first():
+            folder.clean()
+        ranks.wait()
         return _run(config, folder, narrator, stop, callbacks)
 
 
 def _settled(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The configuration with nothing left open, compared with that of the run which the folder holds."""
-    _require_one_process()
     if not folder.config.exists():
         return with_lora_defaults(config)
     try:
@@ -120,19 +124,6 @@ def _holds_progress(folder: RunFolder) -> bool:
     return folder.adapter.is_dir() or bool(list_checkpoints(folder.checkpoints))
 
 
-def _require_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise NotSupportedError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not supported yet",
-            fix="start one process, without torchrun or accelerate launch",
-        )
-    if torch.cuda.device_count() > 1:
-        raise NotSupportedError(
-            f"{torch.cuda.device_count()} GPUs are visible: training on several is not supported yet",
-            fix="make one visible, e.g. CUDA_VISIBLE_DEVICES=0",
-        )
-
-
 def _run(
     config: RunConfig,
     folder: RunFolder,
@@ -141,7 +132,8 @@ def _run(
     callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
     check_trackers(config.logging.report_to)
-    write_whole(folder.config, config.to_yaml())
+    if ranks.is_first():
+        write_whole(folder.config, config.to_yaml())
     meter = _planned(config, narrator)
     set_seed(config.seed)
     try:
@@ -153,19 +145,24 @@ def _run(
     if _holds_progress(folder):
         require_same_content(folder.manifest, material.manifest)
     start = newest_valid(folder.checkpoints, narrator.say)
+    ranks.wait()  # all have looked before the first one tidies up
     if start is not None:
-        rotate(folder.checkpoints, config.checkpoints.keep)  # the run may have been killed just before it
+        if ranks.is_first():  # the run may have been killed just before it
+            rotate(folder.checkpoints, config.checkpoints.keep)
         changed = changed_versions(folder.manifest)
         if changed:
             narrator.say(f"libraries changed since the run began: {', '.join(changed)}")
-    if start is None or not folder.manifest.exists():
-        planned = {} if meter is None else {"plan": meter.plan.as_dict()}
-        write_json(folder.manifest, {**material.manifest, **planned})
-    MetricsLog(folder.metrics).continue_after(-1 if start is None else start.step)
+    if ranks.is_first():
+        if start is None or not folder.manifest.exists():
+            planned = {} if meter is None else {"plan": meter.plan.as_dict()}
+            write_json(folder.manifest, {**material.manifest, **planned})
+        MetricsLog(folder.metrics).continue_after(-1 if start is None else start.step)
     _loop(config, folder, narrator, stop, material, start, callbacks, meter)
-    material.save(folder.adapter)
-    folder.clean()
-    folder.scratch.rmdir()
+    if ranks.is_first():
+        material.save(folder.adapter)
+        folder.clean()
+        folder.scratch.rmdir()
+    ranks.wait()
     narrator.say(f"adapter written to {folder.adapter}")
     return _result(folder, resumed_from=start.step if start else None)
 

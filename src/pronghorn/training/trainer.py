@@ -23,7 +23,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pronghorn.errors import NonFiniteLossError
-from pronghorn.training.collate import TOKENS, RowCollator
+from pronghorn.training import ranks
+from pronghorn.training.collate import TOKENS, RowCollator, wants_varlen
 from pronghorn.training.config import RunConfig, TrainingSection
 from pronghorn.training.evaluation import TokenTotals, add_batch
 from pronghorn.training.signals import StopSignals
@@ -59,7 +60,7 @@ class Schedule:
     def of(cls, config: RunConfig, rows: int) -> Schedule:
         """The schedule of ``config`` over ``rows`` training rows; a last partial batch counts as a batch."""
         training = config.training
-        batches = math.ceil(rows / training.batch_size)
+        batches = math.ceil(rows / (training.batch_size * ranks.count()))
         per_epoch = math.ceil(batches / training.gradient_accumulation)
         total = training.max_steps or math.ceil(training.epochs * per_epoch)
         return cls(per_epoch, total, int(total * training.warmup_ratio))
@@ -108,6 +109,7 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
         "dataloader_pin_memory": not on_cpu,
         recompute: bool(training.recompute),
         f"{recompute}_kwargs": {"use_reentrant": False} if training.recompute else None,
+        "average_tokens_across_devices": True,
         "seed": config.seed,
         "data_seed": config.seed,
         "logging_strategy": "steps",
@@ -155,13 +157,28 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             super().__init__(
                 model=model,
                 args=arguments,
-                data_collator=RowCollator(pad or 0),
+                data_collator=RowCollator(pad or 0, wants_varlen(model)),
                 train_dataset=rows,
                 eval_dataset=eval_rows,
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
         self.remove_callback(PrinterCallback)
+        if ranks.count() > 1:
+            self.train_dataset = ranks.Filled(rows, pad or 0)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if ranks.count() == 1:
+            return super()._get_train_sampler(*([] if train_dataset is None else [train_dataset]))
+        return ranks.SharedOrder(
+            len(self.train_dataset), self.args.data_seed, self.args.per_device_train_batch_size
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The split; with several processes, this one's share of it."""
+        if ranks.count() == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        return ranks.own_share(self.eval_dataset, self.args.per_device_eval_batch_size, self.data_collator)
 
     def _send_telemetry(self) -> None:
         """TRL pings the hub once per trainer unless CI is set; ours sends nothing and touches no global."""
@@ -209,9 +226,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.loop.phase = "training"
         if not inputs["input_ids"].numel():
             return torch.zeros((), device=self.args.device)
-        self.loop.tokens += int(
-            inputs.pop(TOKENS).sum() if TOKENS in inputs else inputs["attention_mask"].sum()
-        )
+        seen = inputs.pop(TOKENS).sum() if TOKENS in inputs else inputs["attention_mask"].sum()
+        self.loop.tokens += int(ranks.total([int(seen)])[0])
         meter = self.loop.meter
         with contextlib.nullcontext() if meter is None else meter.micro_step(self.model, inputs):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -242,6 +258,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """Write the adapter of a checkpoint; from here until on_save, an error means that saving failed."""
         self.loop.phase = "saving"
         super().save_model(output_dir, _internal_call)
+        ranks.wait()  # the adapter is written into an empty folder, and then all add their random states
 
     def evaluation_loop(
         self,
@@ -261,15 +278,17 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         base = self.accelerator.unwrap_model(self.model).get_base_model()
         with torch.random.fork_rng(devices=[]), torch.no_grad(), self.compute_loss_context_manager():
             for batch in dataloader:
-                if self.loop.stop.requested:
+                if self.loop.stop.requested and ranks.count() == 1:
                     self.loop.eval_due = True
                     return EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=0)
                 add_batch(totals, self.model, base, batch)
+        loss, correct, tokens = ranks.total([totals.loss, totals.correct, totals.tokens])
+        totals = TokenTotals(loss, int(correct), int(tokens))
         metrics = totals.metrics(metric_key_prefix)
         if not math.isfinite(totals.loss):
             raise non_finite("evaluation loss", totals.loss, self.state.global_step)
         self.loop.eval_due = False
-        rows = len(dataloader.dataset)
+        rows = len(self.eval_dataset)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
 
