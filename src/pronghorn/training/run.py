@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 from pronghorn.errors import (
     ConfigError,
     MissingDependencyError,
+    NotSupportedError,
     Preempted,
     PronghornError,
     RunConflictError,
