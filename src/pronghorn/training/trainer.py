@@ -234,7 +234,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         if not torch.isfinite(loss):
             raise non_finite("loss", loss.item(), self.state.global_step + 1)
         self._require_finite_gradients()
-        self.loop.step_loss += loss
+        # of several processes each has its own share, times their number
+        self.loop.step_loss += loss if ranks.count() == 1 else ranks.total([float(loss)])[0] / ranks.count()
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
