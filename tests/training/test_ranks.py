@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pronghorn.errors import RunConflictError
 from pronghorn.training.metrics import read_metrics
 from pronghorn.training.ranks import SharedOrder
 from pronghorn.training.run import train
@@ -106,7 +107,7 @@ def test_two_processes_resume_and_are_not_one(make_config: MakeConfig, tmp_path:
     for path in (folder / "adapter").iterdir():
         path.unlink()
     (folder / "adapter").rmdir()
-    with pytest.raises(ValueError, match=r"processes: 2 in the run folder, None now"):
+    with pytest.raises(RunConflictError, match=r"processes: 2 in the run folder, None now"):
         train(halted)
 
 

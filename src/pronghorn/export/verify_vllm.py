@@ -59,11 +59,13 @@ def vllm_promises(folder: Path, python: Path) -> tuple[Row, ...]:
 
 
 def _truth(view: Folder) -> Truth:
-    model = verify_model.load_model(view.path)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # as people get it: by model type, where vLLM goes by the class that architectures names
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(view.path, **options).eval()
     tokenizer = None
     if "tokenizer_config.json" in view.names:
-        from transformers import AutoTokenizer
-
         tokenizer = AutoTokenizer.from_pretrained(view.path, local_files_only=True)
     ends = verify_model.end_ids(view, view)
     batches = verify_model.prompts(view, tokenizer)
