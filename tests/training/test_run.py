@@ -200,7 +200,7 @@ def test_a_mistake_is_corrected_in_the_same_folder(
     """Nothing was sealed yet, so another configuration takes nothing away: not "holds another run"."""
     with pytest.raises(SourceError, match="nowhere"):
         train(make_config(model={"name": str(tmp_path / "nowhere")}))
-    (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 3, "completion": "x"}\n')
     with pytest.raises(DataError, match="bad"):
         train(make_config(data={"train": str(tmp_path / "bad.jsonl")}))
     few = {"max_steps": 1}
