@@ -17,7 +17,7 @@ from pronghorn.weights.reader import read_columns, read_rows, read_tensor
 from pronghorn.weights.scratch import Scratch
 from pronghorn.weights.shards import Shard, TensorEntry
 
-# 2 MiB of float32; on the benchmark's machine a quarter faster than half of it, and a fifth than twice as much
+# 2 MiB of float32: where measured, a quarter faster than half of it, and a fifth than twice as much
 TILE_ELEMENTS = 2**19
 # whole factors kept between tiles; beyond this the oldest are read again
 CACHE_BYTES = 48 * 2**20
