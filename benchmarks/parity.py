@@ -50,11 +50,11 @@ RESULTS = Path(__file__).parent / "results" / "parity.md"
 FAMILIES = ("llama", "gemma3", "qwen3_moe")
 PAIRS = "Preference rows, llama"
 PAIRS_TEXT = """Rows of `rows_for_trl` through TRL's DPOTrainer, the reference being the model without
-its adapter. The truth is what each loss says of all pairs of the step at once. `sigmoid` and `ipo` are means over pairs;
-`sft`, here added to `sigmoid`, is a mean over the tokens of chosen answers; `aot` compares the pairs in order
-of size. What it shows: TRL averages means of forward passes. That is the mean over pairs as long as all
-passes have equally many, and for evaluation always, for it weighs them. In a last step of 2 + 1 the pair
-alone counts twice. `sft` and `aot` are other losses with every cut."""
+its adapter. The truth is what each loss says of all pairs of the step at once. `sigmoid` and `ipo` are means
+over pairs; `sft`, here added to `sigmoid`, is a mean over the tokens of chosen answers. What it shows: TRL
+averages means of forward passes. That is the mean over pairs as long as all passes have equally many, and
+for evaluation always, for it weighs them. In a last step of 2 + 1 the pair alone counts twice. `sft` is
+another loss with every cut."""
 LIMIT = 48  # tokens of a row, and of a bin
 # name, passes in a step, rows or bins in a pass, rows, packed
 CUTS = (

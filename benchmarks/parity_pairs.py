@@ -34,7 +34,7 @@ from tests import tiny
 
 LIMIT = 64
 BETA = 0.1
-LOSSES = (("sigmoid",), ("ipo",), ("sigmoid", "sft"), ("aot",))
+LOSSES = (("sigmoid",), ("ipo",), ("sigmoid", "sft"))
 # name, passes in a step, pairs in a pass, pairs
 CUTS = (
     ("8x1", 8, 1, 8),
@@ -103,9 +103,6 @@ def _loss(name: str, policy: torch.Tensor, reference: torch.Tensor, lengths: tor
         return ((ratios[:, 0] - ratios[:, 1] - 1 / (2 * BETA)) ** 2).mean()
     if name == "sft":
         return -policy[:, 0].sum() / lengths[:, 0].sum()
-    if name == "aot":  # the differences in order of size, whichever pair they are of
-        ordered = [(each[:, 0] - each[:, 1]).sort().values for each in (policy, reference)]
-        return -logsigmoid(BETA * (ordered[0] - ordered[1])).mean()
     return -logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).mean()
 
 

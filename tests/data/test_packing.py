@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,16 @@ def test_the_seed_alone_decides_among_equal_rows() -> None:
     assert other != first
     sizes = [[lengths[row] for row in members] for members in first]
     assert [[lengths[row] for row in members] for members in other] == sizes
+
+
+def test_the_plan_of_bins_takes_few_bytes_a_row() -> None:
+    """25; lists of Python's numbers take 60."""
+    lengths = array("i", lengths_of(20_000, 200))
+    tracemalloc.start()
+    best_fit(lengths, 2048, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / len(lengths) < 40
 
 
 def test_written_bins_hold_the_rows_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 from pronghorn.data import json_list
 from pronghorn.data.options import DataOptions
 from pronghorn.data.prepare import Prepared, examine, prepare
-from pronghorn.data.rows import MAX_ROW_BYTES, BadRow, Row, open_source
+from pronghorn.data.rows import MAX_ROW_BYTES, BadRow, Row, from_dataset, from_rows, open_source
 from pronghorn.errors import DataError
 from tests.data.conftest import Writer
 from tests.data.families import FAMILIES, family_tokenizer, tokenizer
@@ -368,6 +368,30 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
     path.write_text("nothing")
     with pytest.raises(DataError, match="not a Parquet file"):
         read(path)
+    pq.write_table(pa.table({"text": [str(n) for n in range(9999)]}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:99] + b"?" * 99 + whole[198:])
+    with pytest.raises(DataError, match="not a Parquet file"):
+        read(path)
+
+
+def test_huge_row_of_a_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pronghorn.data.rows.MAX_ROW_BYTES", 1 << 20)
+    path, values = tmp_path / "rows.parquet", [{"text": "a"}, {"text": "x" * (2 << 20)}, {"text": "b"}]
+    pq.write_table(pa.Table.from_pylist(values), path)
+    data = datasets.Dataset.from_list(values)
+    for found in (read(path), from_dataset(data, str(path)).read(), from_rows(values, str(path)).read()):
+        assert [*found][1] == BadRow(str(path), 2, "", "2 MB in one row; the limit is 1 MB")
+
+
+def test_a_row_group_is_not_read_at_once(tmp_path: Path) -> None:
+    path, pool = tmp_path / "rows.parquet", pa.default_memory_pool()
+    table = pa.table({"text": [f"{n:010}" * 200 for n in range(15_000)]})  # 30 MB
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    del table
+    before = pool.bytes_allocated()
+    peak = max(pool.bytes_allocated() for _ in open_source(str(path), DataOptions(train=str(path))).read())
+    assert peak - before < 15 << 20
 
 
 def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:

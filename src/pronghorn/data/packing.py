@@ -122,4 +122,4 @@ def _batch(arrow: Any, bins: list[array[int]], lengths: array[int]) -> pa.Record
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays([chunk.flatten() for chunk in column.chunks])
+    return column.combine_chunks().flatten()  # rows picked one by one are chunks of their own: 1 us, not 20

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from pronghorn.data.options import DataOptions
 from pronghorn.errors import DataError
 
 MAX_ROW_BYTES = 16 << 20  # a 50 MB line is a broken export, not a conversation; 16 MiB is about 4 M tokens
+_TABLE_ROWS = 100  # of a table at once
 _ROW_COLUMNS = ("messages", "conversations")
 _LIST = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*"([^"\\]*)"\s*:\s*)?\[')  # alone, or first in an object
 _JSON_FIX = "write one JSON object per line (.jsonl), or a JSON list of objects (.json)"
@@ -242,14 +243,33 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path)
+        # Buffered like this a row group, which may be the whole file, is read a piece at a time.
+        file = ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        yield from _table_rows(file.iter_batches(batch_size=_TABLE_ROWS), name)
     except (ArrowException, OSError) as error:
         raise DataError(f"{name}: not a Parquet file: {error}", fix="write the file again") from error
-    number = 0
-    for batch in file.iter_batches(batch_size=1000):
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(name, number, without_nulls(value))
+
+
+def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Row | BadRow]:
+    values = (value for batch in batches for value in batch.to_pylist())
+    for number, value in enumerate(values, 1):
+        yield _bounded(Row(name, number, without_nulls(value)))
+
+
+def _bounded(row: Row | BadRow) -> Row | BadRow:
+    """What has no lines has no limit to a line: the same limit for the text of a row."""
+    if isinstance(row, Row) and (size := text_size(row.value)) > MAX_ROW_BYTES:
+        return row.bad("", _too_big(size))
+    return row
+
+
+def text_size(value: Any) -> int:
+    """Characters of all text in a value, and a few for what is none."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum([text_size(each) for each in value.values()])
+    return sum([text_size(each) for each in value]) if isinstance(value, list) else 8
 
 
 _READERS: MappingProxyType[str, Callable[[Path, str], Iterator[Line | Row | BadRow]]] = MappingProxyType(
@@ -292,11 +312,7 @@ def from_dataset(dataset: Any, name: str) -> Source:
     """Rows of a ``datasets.Dataset``, read in batches from its Arrow files."""
 
     def read() -> Iterator[Row | BadRow]:
-        number = 0
-        for batch in dataset.with_format("arrow").iter(batch_size=1000):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(name, number, without_nulls(value))
+        return _table_rows(dataset.with_format("arrow").iter(batch_size=_TABLE_ROWS), name)
 
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
     return Source(name, files, read, stamp=dataset._fingerprint)  # selections and maps are not in the files
@@ -308,7 +324,7 @@ def from_rows(rows: Sequence[Mapping[str, Any]], name: str = "rows") -> Source:
 
     def read() -> Iterator[Row | BadRow]:
         for number, value in enumerate(rows, 1):
-            yield _object(value, name, number)
+            yield _bounded(_object(value, name, number))
 
     return Source(name, (), read, stamp=digest.hexdigest())
 
