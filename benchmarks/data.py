@@ -184,8 +184,9 @@ workers. Load average before a run at most {load}; far above 1, rows a second sa
 
 The tokenizer alone takes {alone["tokenizer_us_per_row"]} us a row, the JSON {alone["json_us_per_row"]}.
 Memory is the highest of the main process, and of all processes at one time, the template's own among them.
-{growth(facts["runs"])}Pages of mapped files are not in it: the main process maps the result while it packs
-it, and the system takes them back when it needs them.
+{growth(facts["runs"])}
+Pages of mapped files are not in it: the main process maps the result while it packs it, and the system takes
+them back when it needs them.
 
 {facts["hardware"]}. {versions}.
 """
@@ -197,7 +198,7 @@ def growth(runs: list[dict[str, Any]]) -> str:
     if few["workers"] != many["workers"] or few["rows"] >= many["rows"]:
         return ""
     more, rows = many["anonymous_mib"] - few["anonymous_mib"], many["rows"] - few["rows"]
-    return f"It grows by {(more << 20) / rows:.0f} bytes a row: counts, and the plan of the bins. "
+    return f"It grows by {(more << 20) / rows:.0f} bytes a row: hashes, numbers and lengths of rows, and the plan of the bins."
 
 
 def main() -> None:
