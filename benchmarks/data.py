@@ -198,7 +198,7 @@ def growth(runs: list[dict[str, Any]]) -> str:
     if few["workers"] != many["workers"] or few["rows"] >= many["rows"]:
         return ""
     more, rows = many["anonymous_mib"] - few["anonymous_mib"], many["rows"] - few["rows"]
-    return f"It grows by {(more << 20) / rows:.0f} bytes a row: hashes, numbers and lengths of rows, and the plan of the bins."
+    return f"It grows by {(more << 20) / rows:.0f} bytes a row: its hash, number, length, and place in a bin."
 
 
 def main() -> None:
