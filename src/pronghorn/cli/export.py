@@ -39,28 +39,50 @@ def export(
         Path | None,
         typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder (and what REPO holds).")
+    ] = False,
     adapter_name: Annotated[
         str | None, typer.Option(help="Which adapter, where the folder holds several.")
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload it meanwhile, visible once verified; see pronghorn push."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a private repository.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
 ) -> None:
     """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
     from pronghorn.cli.tables import byte_bar, print_table
+    from pronghorn.errors import ConfigError
+    from pronghorn.export.job import Watch
     from pronghorn.export.onto import MergeFormat
     from pronghorn.export.run import export as run
+    from pronghorn.serving.hub import Push
+    from pronghorn.serving.push import push_export
 
-    with byte_bar("writing", "finishing" if no_verify else "verifying in a fresh process") as progress:
-        report = run(
+    if private and push is None:
+        raise ConfigError("--private is for a repository, and --push names none", fix="add --push REPO")
+    wanted = MergeFormat(format_, onto, llama_python)  # type: ignore[arg-type]  # it checks itself
+
+    def write(watch: Watch) -> ExportReport:
+        return run(
             adapter,
             target,
-            format=MergeFormat(format_, onto, llama_python),  # type: ignore[arg-type]  # it checks itself
+            format=wanted,
             base=base,
             overwrite=overwrite,
             adapter_name=adapter_name,
             verify=not no_verify,
-            progress=progress,
+            progress=watch,
         )
+
+    with byte_bar("writing", "finishing" if no_verify else "verifying in a fresh process") as progress:
+        if push is None:
+            report, pushed = write(Watch(progress)), None
+        else:
+            place = Push(push, None, private or None, overwrite)
+            report, pushed = push_export(place, write, progress=progress)
     print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
     if report.checks:
         print_table(
@@ -69,6 +91,8 @@ def export(
     if report.onto is not None:
         _print_drift(report, onto)
     _print_llama_cpp(report) if report.format.startswith("gguf-") else _print_serving(report)
+    if pushed is not None:
+        typer.echo(pushed)
 
 
 def _print_llama_cpp(report: ExportReport) -> None:
