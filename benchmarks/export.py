@@ -183,10 +183,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# What an export costs",
         "",
-        f"A random Llama-shaped bf16 base of {result['base_bytes'] / 1e9:.2f} GB, LoRA rank {result['rank']} on",
-        "all linear layers. Warm page cache, each run its own process, until the files are on the disk; no",
-        f"imports, no verification; median of {result['rounds']} runs, alternating. Memory is anonymous memory",
-        "at its peak, of the process and those it starts, above what the imports hold.",
+        f"A random Llama-shaped bf16 base of {result['base_bytes'] / 1e9:.2f} GB, LoRA rank {result['rank']}",
+        "on all linear layers. Warm page cache, each run its own process, until the files are on the disk;",
+        f"no imports, no verification; median of {result['rounds']} runs, alternating. Memory is anonymous",
+        "memory at its peak, of the process and those it starts, above what the imports hold.",
         "",
         "| | seconds | ratio to copy | CPU seconds | extra memory | stated | written |",
         "|---|---|---|---|---|---|---|",
@@ -199,8 +199,8 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Rows of pronghorn merge the adapter first, except where it is left as it is (lora, adapter) and where",
-        "a whole model is converted. llm-compressor and llama.cpp's converter start from a model on the disk.",
+        "Rows of pronghorn merge the adapter first, except where it is left as it is (lora, adapter) and",
+        "where a whole model is converted. llm-compressor and llama.cpp's converter start from a whole model.",
         "",
         f"Hardware: {listed(result['hardware'])}.",
         f"Versions: {listed(result['versions'])}.",
