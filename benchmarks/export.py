@@ -41,6 +41,7 @@ COPIED = "copy + sync"
 OURS = """
 from pronghorn.export.run import export
 from pronghorn.export.onto import MergeFormat
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import torch; torch.ones(64, 64) @ torch.ones(64, 64)
 name, llama = sys.argv[4:6]
 if name.startswith("gguf"):
@@ -62,14 +63,16 @@ oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=sys.ar
 model.save_pretrained(target, save_compressed=True); sync(target)
 done(*begun)
 """
-# the converter knows tokenizers by a hash, and this one it cannot know: it is told to go on
+# the converter knows byte-level tokenizers by a hash, and this one it cannot know: it is told what it is
 CONVERTER = """
 import runpy, torch, transformers
 kind, script = sys.argv[4:6]
 sys.path[:0] = [str(Path(script).parent), str(Path(script).parent / "gguf-py")]
 import gguf
-from conversion import base as converting, llama
-converting.TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
+from conversion.base import TextModel
+def absent(*_): raise FileNotFoundError
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_llama_hf = absent
+TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
 torch.ones(64, 64) @ torch.ones(64, 64)
 target.mkdir()
 sys.argv = [script, str(base), "--outtype", kind, "--outfile", str(target / "model.gguf")]
@@ -200,7 +203,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Rows of pronghorn merge the adapter first, except where it is left as it is (lora, adapter) and",
-        "where a whole model is converted. llm-compressor and llama.cpp's converter start from a whole model.",
+        "where a whole model is converted. llm-compressor and llama.cpp's converter start from a whole one.",
         "",
         f"Hardware: {listed(result['hardware'])}.",
         f"Versions: {listed(result['versions'])}.",
