@@ -87,7 +87,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_adapter(folder / "adapter", base)
     write_record(folder / "adapter", AdapterRecord("org/base", COMMIT, str(base)))
     rows = {"train_rows": 90, "eval_rows": 10, "tokens": 700, "trained_tokens": 300, "format": "messages"}
-    manifest = {"data": {**rows, "data_hash": "ab" * 32, "sources": ["/home/me/secret.jsonl"]}}
+    manifest = {"data": {**rows, "data_hash": "ab" * 32, "sources": [f"{folder}/secret.jsonl"]}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     metrics = ({"step": 0, "eval_loss": 3.25}, {"step": 1, "loss": 3.0}, {"step": 9, "eval_loss": 1.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
