@@ -9,7 +9,6 @@ from pathlib import Path
 
 from scripts.first_run import ROOT, commands
 from tests import tiny
-from tests.stand_in_hub import TOKEN, Hub
 
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -18,25 +17,24 @@ def test_the_commands_run(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tiny.write_adapter(tmp_path / "helper", base, use_rslora=True))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    hub = Hub(account="you")
-    env = hub.environment(tmp_path / "cache", HF_TOKEN=TOKEN, PATH=path)
-    typed = [line for line in commands(TEXT) if not needs_llama_cpp(line)]
-    assert {line.split()[1] for line in typed} == {"export", "serve", "doctor", "verify", "push"}
+    typed = [line for line in commands(TEXT) if not (needs_llama_cpp(line) or needs_hub(line))]
+    assert {line.split()[1] for line in typed} == {"export", "serve", "doctor", "verify"}
     for command in typed:
         assert command.startswith("pronghorn ")
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=env,
+            command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         if "export" in command:
             assert ("llama-server -m" if "gguf" in command else "vllm serve") in done.stdout
-    hub.shutdown()
-    assert {name: len(repo.commits) for name, repo in hub.repos.items()} == {
-        "you/helper": 2, "you/helper-merged": 2
-    }  # fmt: skip
 
 
 def needs_llama_cpp(command: str) -> bool:
     """Run by tests/external/test_llama_docs.py, where llama.cpp is."""
     return "--llama-python" in command
+
+
+def needs_hub(command: str) -> bool:
+    """Run by tests/serving/test_push.py, where a stand-in for the hub is."""
+    return "push" in command

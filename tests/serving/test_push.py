@@ -17,7 +17,9 @@ import pytest
 from pronghorn.adapters.record import AdapterRecord, write_record
 from pronghorn.serving.card import is_empty, is_ours
 from pronghorn.serving.hub import template_lines
+from scripts.first_run import commands
 from tests import tiny
+from tests.serving.test_docs import TEXT, needs_hub
 from tests.stand_in_hub import COMMIT, READ_ONLY, TOKEN, Hub, RefusedError, files_of
 
 CARD = """---
@@ -285,3 +287,20 @@ def test_from_a_notebook_to_the_hub_and_back(run: Path, hub: Hub, tmp_path: Path
     assert not [
         path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
     ]
+
+
+@pytest.mark.slow
+def test_the_documented_commands_run(run: Path, tmp_path: Path) -> None:
+    hub = Hub(account="you")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = hub.environment(tmp_path / "cache", HF_TOKEN=TOKEN, PATH=path)
+    (tmp_path / "helper").symlink_to(run / "adapter")
+    typed = [line for line in commands(TEXT) if needs_hub(line)]
+    for command in typed:
+        subprocess.run(command, shell=True, cwd=tmp_path, env=env, check=True)
+    hub.shutdown()
+    assert len(typed) == 2
+    assert {name: (repo.private, len(repo.commits)) for name, repo in hub.repos.items()} == {
+        "you/helper": (True, 2),
+        "you/helper-merged": (False, 2),
+    }
