@@ -137,17 +137,16 @@ def measure(place: Path, options: argparse.Namespace) -> dict[str, Any]:
         if file.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(file, base)
     measured: dict[str, list[dict[str, float]]] = {}
-    todo = ways(options)
-    for number in range(options.rounds + 1):  # the first round fills the page cache and is not counted
+    todo = [way for way in ways(options) if way.name == COPIED or options.only in way.name]
+    for number in range(options.rounds):  # the base was written just now: it is in the page cache
         for way in todo:
             os.sync()
             result = way.run(base, adapter, target)
             result["size"] = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
             shutil.rmtree(target)
-            print(f"round {number} {way.name}: {result['seconds']:.2f} s, "
+            print(f"round {number + 1} {way.name}: {result['seconds']:.2f} s, "
                   f"{result['anonymous_bytes'] / 2**20:.0f} MiB", flush=True)  # fmt: skip
-            if number:
-                measured.setdefault(way.name, []).append(result)
+            measured.setdefault(way.name, []).append(result)
     copied = statistics.median(one["seconds"] for one in measured[COPIED])
     rows = {way.name: _row(measured[way.name], copied, way.stated) for way in todo}
     known = {**versions(), **_other_versions(options)}
@@ -223,6 +222,7 @@ def main() -> int:
     parser.add_argument("--llama-python", help="an interpreter with llama_cpp, for q4_k_m")
     parser.add_argument("--compressor-python", help="an interpreter with llmcompressor")
     parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--only", default="", help="measure the rows whose name has this text")
     parser.add_argument("--no-results", action="store_true", help="print only")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
