@@ -151,6 +151,8 @@ def _summary(result: Result, base: _Base | None) -> str:
     of = f" of {base.name}" if base is not None else ""
     if _is_adapter(result):
         return f"A LoRA adapter{of} (format: {result.format})."
+    if result.adapter is None:
+        return f"A complete model{of}."
     return f"A fine-tuned version{of}, complete: the adapter is merged in (format: {result.format})."
 
 
