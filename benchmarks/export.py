@@ -34,8 +34,8 @@ from benchmarks.merge import COMMON, COPY, PEFT, RANK, RESULTS, hardware, listed
 
 TOKENIZER = Path(__file__).parents[1] / "demo" / "base"
 # what docs/serving.md states, in MiB
-STATED = {"lora": 64, "adapter": 64, "merged_16bit": 128, "w4a16": 256, "w8a8": 256, "fp8": 256}
-STATED_GGUF = 512
+STATED = {"lora": 64, "adapter": 64, "merged_16bit": 128, "w4a16": 128, "w8a8": 128, "fp8": 128,
+          "gguf-bf16": 256, "gguf-f16": 256, "gguf-q8_0": 256, "gguf-q4_k_m": 512}  # fmt: skip
 COPIED = "copy + sync"
 
 OURS = """
@@ -101,7 +101,7 @@ def ours(format_: str, llama: str = "", *, whole: bool = False) -> Way:
         return run(COMMON + OURS, base, base if whole else adapter, target, format_, llama)
 
     name = f"pronghorn {format_}{', of a whole model' if whole else ''}"
-    return Way(name, measure, STATED_GGUF if format_.startswith("gguf") else STATED[format_])
+    return Way(name, measure, STATED[format_])
 
 
 def peer(name: str, code: str, *more: str, python: str = sys.executable) -> Way:
