@@ -187,7 +187,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"A random Llama-shaped bf16 base of {result['base_bytes'] / 1e9:.2f} GB, LoRA rank {result['rank']}",
         "on all linear layers. Warm page cache, each run its own process, until the files are on the disk;",
-        f"no imports, no verification; median of {result['rounds']} runs, alternating. Memory is anonymous",
+        f"no imports, no verification; rounds: {result['rounds']}, alternating, medians. Memory is anonymous",
         "memory at its peak, of the process and those it starts, above what the imports hold.",
         "",
         "| | seconds | ratio to copy | CPU seconds | extra memory | stated | written |",
