@@ -49,7 +49,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "datasets": ("data.for_trl", "data.prepare", "data.rows", "data.store"),
     "pyarrow": ("data.packing", "data.rows", "data.store"),
     "safetensors": ("loading.adapter",),
-    "huggingface_hub": ("sources.hub",),
+    "huggingface_hub": ("serving.hub", "sources.hub"),
     "typer": ("cli.",),
     "rich": ("cli.tables", "data.inspect", "data.report", "training.progress"),
     "pydantic": ("data.options", "training.config", "training.config_errors"),
