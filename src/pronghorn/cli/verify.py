@@ -24,10 +24,14 @@ def verify(
     ] = None,
     engines: Annotated[
         str | None,
-        typer.Option("--for", help="Engines that must serve it rightly, e.g. vllm,transformers."),
+        typer.Option("--for", help="Engines that must serve it rightly, e.g. vllm,transformers,llama.cpp."),
     ] = None,
     vllm_python: Annotated[
         Path | None, typer.Option(help="With --deep: the interpreter of a vLLM that opens it, too.")
+    ] = None,
+    llama_python: Annotated[
+        Path | None,
+        typer.Option(help="With --deep: the interpreter of a llama-cpp-python that opens it as GGUF, too."),
     ] = None,
     fix: Annotated[
         Path | None, typer.Option(help="Write a repaired copy to this folder; with --base, from the base.")
@@ -41,13 +45,17 @@ def verify(
     from pronghorn.cli.tables import print_table
     from pronghorn.errors import ConfigError
 
-    if vllm_python is not None and not deep:
-        raise ConfigError("--vllm-python opens the folder, and --deep was not given", fix="add --deep")
+    for option, given in (("--vllm-python", vllm_python), ("--llama-python", llama_python)):
+        if given is not None and not deep:
+            raise ConfigError(f"{option} opens the folder, and --deep was not given", fix="add --deep")
     if fix is not None:
         folder = _repaired(folder, fix, base)
     from pronghorn.export.verify import verify as run
 
-    report = run(folder, deep=deep, against=against, base=base, vllm_python=vllm_python)
+    report = run(
+        folder, deep=deep, against=against, base=base, vllm_python=vllm_python, llama_python=llama_python
+    )
+    report = report.asking(engines) if engines is not None else report
     if as_json:
         typer.echo(report.to_json())
     else:
