@@ -189,6 +189,7 @@ def verify(
     onto: str = "decoded",
     vllm_python: Path | None = None,
     llama_python: Path | None = None,
+    rows: Path | None = None,
 ) -> VerifyReport:
     """Check a model or adapter folder, or GGUF files, made by pronghorn or by any other tool.
 
@@ -202,9 +203,17 @@ def verify(
         llama_python: The same with llama-cpp-python, which opens what the export makes of the folder.
         onto: "original": of a base that was in 4-bit at training, the 16-bit values were merged onto.
 
+        rows: With ``deep`` and ``against``, tokenised rows (JSON lines of input_ids and labels, -100 where
+            nothing is trained): the folder's loss on them must be that of base + adapter.
+
     Raises:
+        ConfigError: ``rows`` without what they are compared with.
         SourceError: ``folder``, ``against`` or ``base`` is not a folder, or ``folder`` holds no model.
     """
+    if rows is not None and not (deep and against is not None):
+        raise ConfigError(
+            "rows (--rows) have their loss compared with base + adapter", fix="add --deep --against ADAPTER"
+        )
     if found := gguf_files(Path(folder).expanduser()):
         if deep or against is not None:
             raise SourceError(
@@ -221,6 +230,7 @@ def verify(
         options = ["--onto", onto]
         options += ["--vllm-python", str(vllm_python)] if vllm_python else []
         options += ["--llama-python", str(llama_python)] if llama_python else []
+        options += ["--rows", str(rows)] if rows else []
         return _in_fresh_process(path, adapter, base_path, options)
     return check_files(path, base_path)
 
@@ -374,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--llama-python", type=Path, help="with --deep: llama.cpp's interpreter opens it, too"
     )
+    parser.add_argument("--rows", type=Path, help="with --deep and --against: tokenised rows, for the loss")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--allow-unverified", action="store_true", help="0 although something was not checked"
@@ -403,7 +414,7 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
     base = (
         _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
     )
-    rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded")
+    rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded", rows=options.rows)
     if options.vllm_python is not None and not any(row.ok is False for row in rows):
         from pronghorn.export.verify_engine import vllm_promises
 
