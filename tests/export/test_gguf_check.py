@@ -1,4 +1,4 @@
-"""``verify --for llama.cpp``: what the GGUF formats refuse is told for any folder, each reason with its fix."""
+"""``verify --for llama.cpp``: what the GGUF formats refuse of a folder is told, each reason with its fix."""
 
 from __future__ import annotations
 
