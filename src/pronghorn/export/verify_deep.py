@@ -87,6 +87,14 @@ class Truth:
         return Gap(by_size, REFERENCE_FACTOR * self.reference.rms + self.noise)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """``home``: where the tokenizer of training is; ``rows``: those whose loss is compared, if any."""
+
+    home: Folder
+    rows: Rows | None = None
+
+
 def compute_promises(
     folder: Path, adapter: Path | None, base: Path | None, *, decode: bool = True, rows: Path | None = None
 ) -> tuple[Row, ...]:
@@ -155,14 +163,14 @@ def _against(view: Folder, adapter: Path, base: Folder, rows: Rows | None) -> It
             yield from (Row(name, None, ways) for name in wanted)
             return
         try:
-            keys, truth = _truth(view, adapter, base, (Folder(home), rows), ways)
+            keys, truth = _truth(view, adapter, base, Questions(Folder(home), rows), ways)
         except _FAILURES as error:
             reason = f"base + adapter cannot be computed: {_short(error)}"
             yield from (Row(name, None, reason) for name in wanted)
             return
         yield keys
         if not settings(view):
-            yield from _judge(view, base, (Folder(home), rows), truth, ways)
+            yield from _judge(view, base, Questions(Folder(home), rows), truth, ways)
         elif isinstance(ways, Whole):
             yield _attempt(QUALITY, lambda: _quality(view, base, truth, rows))
         else:
@@ -187,14 +195,9 @@ def _need(base: Folder) -> str:
     return f"one float32 model needs {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free"
 
 
-def _truth(
-    view: Folder, adapter: Path, base: Folder, asked: tuple[Folder, Rows | None], ways: Loader
-) -> tuple[Row, Truth]:
-    """Load base + adapter once: answers, logits, the base's logits, then the merged reference's.
-
-    ``asked``: where the tokenizer is, and the rows whose losses are wanted.
-    """
-    home, rows = asked
+def _truth(view: Folder, adapter: Path, base: Folder, asked: Questions, ways: Loader) -> tuple[Row, Truth]:
+    """Load base + adapter once: answers, logits, the base's logits, then the merged reference's."""
+    home, rows = asked.home, asked.rows
     wrapped = ways.with_adapter(base.path, adapter)
     problems = verify_model.unused_adapter_tensors(wrapped, adapter)
     keys = Row(ADAPTER_KEYS, *verdict(problems, "all"))
@@ -221,11 +224,9 @@ def _computed(
     return tuple(verify_model.logits(model, a.ids) for a in answers), losses
 
 
-def _judge(
-    view: Folder, base: Folder, asked: tuple[Folder, Rows | None], truth: Truth, ways: Loader
-) -> Iterator[Row]:
+def _judge(view: Folder, base: Folder, asked: Questions, truth: Truth, ways: Loader) -> Iterator[Row]:
     """Load the folder and hold it against the truth; the truth's model is gone by now."""
-    home, rows = asked
+    home, rows = asked.home, asked.rows
     try:
         if view.is_adapter:
             model = ways.with_adapter(base.path, view.path)
