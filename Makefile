@@ -7,7 +7,6 @@ GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 LLAMA := .venv-llama
-OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
@@ -26,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-external test-gpu test-matrix verdicts check fmt clean
-.PHONY: $(VENV) $(VLLM) $(LLAMA) $(OLDER) $(OLDEST) $(MIDDLE)
+.PHONY: $(VENV) $(VLLM) $(LLAMA) $(OLDEST) $(MIDDLE)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -43,7 +42,7 @@ test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
 
-verdicts: $(VENV)/.ready $(VLLM)/.ready $(OLDER)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
+verdicts: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready $(OLDEST)/.ready ## prove docs/verdicts.md again: good and broken folders in real engines
 	$(RUN) -m tests.external.verdicts
 
 test-matrix: $(OLDEST)/.ready $(MIDDLE)/.ready $(VENV)/.ready ## patching, training and saving on the oldest, a middle and the newest libraries
@@ -68,7 +67,6 @@ clean: ## remove caches and build products; the environments and runs stay
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
 $(LLAMA): $(LLAMA)/.ready
-$(OLDER): $(OLDER)/.ready
 $(OLDEST): $(OLDEST)/.ready
 $(MIDDLE): $(MIDDLE)/.ready
 
@@ -78,12 +76,6 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(RUN) $(PIP) --constraint constraints.txt $(TORCH)
 	$(RUN) $(PIP) --constraint constraints.txt hatchling editables
 	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
-	touch $@
-
-# Not an environment: the oldest supported transformers 4 and what .venv has in other versions, for PYTHONPATH.
-$(OLDER)/.ready: $(VENV)/.ready constraints-transformers4.txt
-	rm -rf $(OLDER)
-	$(RUN) $(PIP) --no-deps --target $(OLDER) --requirement constraints-transformers4.txt
 	touch $@
 
 # what the tests need and no more: the tools of `check` run on the newest libraries

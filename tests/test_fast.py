@@ -156,7 +156,9 @@ def test_save_merged_keywords(
         model.save_pretrained_merged(tmp_path / "merged", **arguments)
 
 
-@pytest.mark.parametrize("name", ["push_to_hub_gguf", "save_pretrained_torchao"])
+@pytest.mark.parametrize(
+    "name", ["push_to_hub_gguf", "save_pretrained_torchao", "fast_generate", "load_lora"]
+)
 def test_methods_that_do_not_exist_yet(base: Path, name: str) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(NotSupportedError, match=f"{name} is not available"):

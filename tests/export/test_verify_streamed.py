@@ -123,7 +123,7 @@ def test_a_weight_read_past_its_module_is_never_taken_for_right(
     view = verify_deep.Folder(case.merged)
     base = verify_deep.Folder(case.base)
     with pytest.raises(ValueError, match="its logits are not finite"):
-        verify_deep._truth(view, case.adapter, base, base, ways)
+        verify_deep._truth(view, case.adapter, base, verify_deep.Questions(base), ways)
 
 
 def test_least_memory_is_that_of_the_largest_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

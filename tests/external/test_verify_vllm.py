@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pronghorn.export.verify import verify
-from pronghorn.export.verify_vllm import CHAT, GREEDY, LOGPROBS, OPENS, vllm_promises
+from pronghorn.export.verify_engine import VLLM, vllm_promises
 from tests.export.verdict_folders import CASES, write_folders
 from tests.external.vllm_engine import PYTHON
 
@@ -24,17 +24,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_vllm_opens_a_good_folder(folders: dict[str, Path]) -> None:
     report = verify(folders["good llama"], deep=True, vllm_python=PYTHON)
     assert report.passed, str(report)
-    assert [row.name for row in report.rows][-4:] == [OPENS, LOGPROBS, GREEDY, CHAT]
+    assert [row.name for row in report.rows][-4:] == [VLLM.opens, VLLM.logprobs, VLLM.greedy, VLLM.chat]
 
 
 def test_vllm_is_found_out_where_it_computes_something_else(folders: dict[str, Path]) -> None:
     """It builds the class that architectures names; transformers builds the model type."""
     rows = {row.name: row for row in vllm_promises(folders["architecture of another family"], PYTHON)}
-    assert rows[OPENS].ok is True
-    assert rows[LOGPROBS].ok is False
+    assert rows[VLLM.opens].ok is True
+    assert rows[VLLM.logprobs].ok is False
 
 
 def test_what_cannot_be_opened_is_told_in_vllms_words(folders: dict[str, Path]) -> None:
     (row,) = vllm_promises(folders["names of a wrapper"], PYTHON)
-    assert (row.name, row.ok) == (OPENS, False)
+    assert (row.name, row.ok) == (VLLM.opens, False)
     assert "no module or parameter named 'module'" in row.detail

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+import pronghorn
 from tests.export.verdict_folders import CASES, write_folders
 from tests.external import memorised
 
@@ -32,12 +33,14 @@ RANDOM_ROWS, RANDOM_TOKENS = 3, 40
 FACTOR, LEAST = 2.0, 1e-3
 
 _LOOK = ROOT / "tests" / "external" / "transformers_look.py"
-_VLLM = ROOT / "src" / "pronghorn" / "export" / "verify_in_vllm.py"
-# engine -> (interpreter, the program that answers, where it finds its libraries, the module with its version)
-ENGINES: Mapping[str, tuple[Path, Path, str, str]] = {
-    "transformers 5": (Path(sys.executable), _LOOK, "", "transformers"),
-    "transformers 4": (Path(sys.executable), _LOOK, str(ROOT / ".venv-transformers4"), "transformers"),
-    "vllm": (ROOT / ".venv-vllm" / "bin" / "python", _VLLM, "", "vllm"),
+_EXPORT = ROOT / "src" / "pronghorn" / "export"
+_GGUF = "gguf-bf16"  # the good folders are stored so: nothing is rounded on the way to llama.cpp
+# engine -> (interpreter, the program that answers, the module with its version)
+ENGINES: Mapping[str, tuple[Path, Path, str]] = {
+    "transformers 5": (Path(sys.executable), _LOOK, "transformers"),
+    "transformers 4": (ROOT / ".venv-oldest" / "bin" / "python", _LOOK, "transformers"),
+    "vllm": (ROOT / ".venv-vllm" / "bin" / "python", _EXPORT / "verify_in_vllm.py", "vllm"),
+    "llama.cpp": (ROOT / ".venv-llama" / "bin" / "python", _EXPORT / "verify_in_llama.py", "llama_cpp"),
 }
 
 Answer = dict[str, Any]
@@ -55,10 +58,10 @@ def job(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 def ask(engine: str, folders: Mapping[str, Path], scratch: Path) -> dict[str, Answer]:
     """Open every folder in one process of an engine; where it ends a process, go on with the next folder."""
-    python, program, libraries, _ = ENGINES[engine]
+    python, program, _ = ENGINES[engine]
     out = scratch / f"{engine.replace(' ', '-')}.jsonl"
     out.touch()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({"PYTHONPATH": libraries} if libraries else {})}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     waiting = dict(folders)
     while waiting:
         (scratch / "job.json").write_text(json.dumps(job(waiting)))
@@ -72,6 +75,19 @@ def ask(engine: str, folders: Mapping[str, Path], scratch: Path) -> dict[str, An
     found = {line["folder"]: line for line in lines if "begun" not in line}
     ended = {"error": "the process ended"}
     return {name: found.get(str(path), ended) for name, path in folders.items()}
+
+
+def ask_llama(folders: Mapping[str, Path], scratch: Path) -> dict[str, Answer]:
+    """The same for llama.cpp, which opens what our GGUF format makes of a folder."""
+    made, refused = {}, {}
+    for name, folder in folders.items():
+        try:
+            report = pronghorn.export(folder, scratch / "gguf" / folder.name, format=_GGUF)
+        except pronghorn.PronghornError as error:
+            refused[name] = {"error": f"not written: {error.message}"}
+        else:
+            made[name] = report.folder
+    return {**ask("llama.cpp", made, scratch), **refused}
 
 
 def distance(one: Answer, other: Answer) -> float:
@@ -97,16 +113,17 @@ def outcome(found: Answer, truth: Answer, noise: float) -> str:
 def outcomes(engine: str, answers: Mapping[str, Answer], truths: Mapping[str, Answer]) -> dict[str, str]:
     """Case -> outcome; ``truths``: each family's good folder in transformers 5, float32."""
     good = {case.family: answers[case.name] for case in CASES if case.name == f"good {case.family}"}
-    noise = {family: distance(good[family], truths[family]) for family in truths}
+    noise = {
+        family: 0.0 if good[family]["error"] else distance(good[family], truths[family]) for family in truths
+    }
     return {case.name: outcome(answers[case.name], truths[case.family], noise[case.family]) for case in CASES}
 
 
 def version(engine: str) -> str:
     """The engine's version as it says itself."""
-    python, _, libraries, module = ENGINES[engine]
-    environment = {**os.environ, **({"PYTHONPATH": libraries} if libraries else {})}
+    python, _, module = ENGINES[engine]
     command = [python, "-c", f"import {module}; print({module}.__version__)"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -117,7 +134,10 @@ def prove(engines: list[str], scratch: Path) -> dict[str, dict[str, Any]]:
     truths = {case.family: first[case.name] for case in CASES if case.name == f"good {case.family}"}
     found = {}
     for engine in engines:
-        answers = first if engine == "transformers 5" else ask(engine, folders, scratch)
+        if engine == "llama.cpp":
+            answers = ask_llama(folders, scratch)
+        else:
+            answers = first if engine == "transformers 5" else ask(engine, folders, scratch)
         found[engine] = {"version": version(engine), "outcomes": outcomes(engine, answers, truths)}
     return found
 
@@ -149,7 +169,9 @@ def table(stored: Mapping[str, Mapping[str, Any]]) -> str:
         "`right`: greedy answers, their ends, log-probabilities and the rendered chat are those of the",
         "good folder in transformers 5, float32. **wrong logits**, **wrong end**, **wrong chat**: loaded",
         "without an error. `no chat`: right, and chats are refused. `refused`: an error. In vLLM new memory",
-        "is filled with NaN, so that a weight it never read is not taken from the folder before.",
+        "is filled with NaN, so that a weight it never read is not taken from the folder before. llama.cpp",
+        "opens what `pronghorn export --format gguf-bf16` makes of the folder; there `refused` also says",
+        "that nothing is made. Its version is that of llama-cpp-python.",
     ]
     return "\n".join(lines) + "\n"
 

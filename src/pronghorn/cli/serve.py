@@ -37,6 +37,7 @@ def serve(
         return
     if engine != "vllm":
         raise ConfigError(f"--engine is {engine!r}", fix="choose vllm or transformers")
+    from pronghorn.export.verify_engines import ENGINES
     from pronghorn.serving.vllm import find_vllm, plan_serving
     from pronghorn.serving.vllm import serve as run
 
@@ -45,6 +46,9 @@ def serve(
     if dry_run:
         return
     found = find_vllm(vllm_python)
+    tried = ENGINES["vllm"]
+    if found.version.split(".")[:2] != tried.split(".")[:2]:
+        typer.echo(f"note: the checks are those of vLLM {tried}, and this is {found.version}", err=True)
     typer.echo(f"vLLM {found.version} starts on port {port}; Ctrl+C stops it")
     code = run(plan, found, port=port, ready_seconds=ready_seconds, say=typer.echo)
     raise typer.Exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -17,17 +18,28 @@ def verify(
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="The adapter folder it was merged from (with --deep: logits must be equal)."),
+        typer.Option(help="The adapter it was merged from, or its run (with --deep: logits must be equal)."),
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --deep --against: a file of rows whose loss must be equal, too; of a run, without it, "
+            "its evaluation rows."
+        ),
     ] = None,
     base: Annotated[
         Path | None, typer.Option(help="The base folder; by default the one recorded with the adapter.")
     ] = None,
     engines: Annotated[
         str | None,
-        typer.Option("--for", help="Engines that must serve it rightly, e.g. vllm,transformers."),
+        typer.Option("--for", help="Engines that must serve it rightly, e.g. vllm,transformers,llama.cpp."),
     ] = None,
     vllm_python: Annotated[
         Path | None, typer.Option(help="With --deep: the interpreter of a vLLM that opens it, too.")
+    ] = None,
+    llama_python: Annotated[
+        Path | None,
+        typer.Option(help="With --deep: the interpreter of a llama-cpp-python that opens it as GGUF, too."),
     ] = None,
     fix: Annotated[
         Path | None, typer.Option(help="Write a repaired copy to this folder; with --base, from the base.")
@@ -41,13 +53,24 @@ def verify(
     from pronghorn.cli.tables import print_table
     from pronghorn.errors import ConfigError
 
-    if vllm_python is not None and not deep:
-        raise ConfigError("--vllm-python opens the folder, and --deep was not given", fix="add --deep")
+    for option, given in (("--vllm-python", vllm_python), ("--llama-python", llama_python)):
+        if given is not None and not deep:
+            raise ConfigError(f"{option} opens the folder, and --deep was not given", fix="add --deep")
     if fix is not None:
         folder = _repaired(folder, fix, base)
     from pronghorn.export.verify import verify as run
 
-    report = run(folder, deep=deep, against=against, base=base, vllm_python=vllm_python)
+    with TemporaryDirectory(prefix="pronghorn-") as scratch:
+        report = run(
+            folder,
+            deep=deep,
+            against=against,
+            base=base,
+            vllm_python=vllm_python,
+            llama_python=llama_python,
+            rows=_tokenised(Path(scratch) / "rows.jsonl", rows, against, base) if deep else rows,
+        )
+    report = report.asking(engines) if engines is not None else report
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -63,6 +86,23 @@ def verify(
         report.raise_unless_served(engines)
         _adapter_served(report.kind, folder, base, engines)
     report.raise_if_broken(allow_unverified=allow_unverified)
+
+
+def _tokenised(target: Path, rows: Path | None, against: Path | None, base: Path | None) -> Path | None:
+    """The rows as ``verify`` takes them: those of the file, else those that the run was evaluated on."""
+    from pronghorn.errors import DataError
+    from pronghorn.serving.rows import RUN_CONFIG, write_rows
+
+    if against is None or (rows is None and not (against / RUN_CONFIG).is_file()):
+        return rows
+    try:
+        write_rows(target, rows, against, base)
+    except DataError as error:
+        if rows is not None:
+            raise
+        typer.echo(f"the loss of the run's evaluation rows is not compared: {error.message}", err=True)
+        return None
+    return target
 
 
 def _repaired(folder: Path, target: Path, base: Path | None) -> Path:

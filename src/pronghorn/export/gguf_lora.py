@@ -10,16 +10,11 @@ from typing import Any
 from pronghorn.adapters.files import LoraPair, read_adapter
 from pronghorn.errors import NotSupportedError
 from pronghorn.export.files import check_space
-from pronghorn.export.gguf_models import (
-    Architecture,
-    architecture_of,
-    llama_cpp_name,
-    rotary_heads,
-    settings_of,
-)
+from pronghorn.export.gguf_check import require_lora
+from pronghorn.export.gguf_models import Architecture, llama_cpp_name, rotary_heads, settings_of
 from pronghorn.export.gguf_write import Output, interleave, lazy, write_file
 from pronghorn.export.job import Job, verified
-from pronghorn.export.portable import served_pairs, write_portable
+from pronghorn.export.portable import write_portable
 from pronghorn.export.report import ExportReport
 from pronghorn.sources.source import SourceKind
 from pronghorn.weights.reader import read_tensor
@@ -39,19 +34,7 @@ def write_lora(job: Job) -> ExportReport:
     """
     if job.adapter.kind is not SourceKind.ADAPTER:
         raise NotSupportedError(f"{job.adapter.path} is a whole model, not an adapter", fix="use gguf-f16")
-    architecture = architecture_of({**job.base.config, "quantization_config": None})
-    adapter, served = served_pairs(job.adapter.path, job.base.path)
-    for one in served:
-        if llama_cpp_name(architecture, f"{one.module}.weight") is None or one.kind != "Linear":
-            raise NotSupportedError(
-                f"{one.module} is adapted; llama.cpp applies adapters to linear layers only",
-                fix="merge it: --format gguf-f16",
-            )
-        if one.module == "lm_head" and bool(job.base.config.get("tie_word_embeddings")):
-            raise NotSupportedError(
-                "the output head is adapted, and it is the embedding in llama.cpp",
-                fix="merge it: --format gguf-f16",
-            )
+    architecture, adapter, _ = require_lora(job.adapter.path, job.base)
     rank = max(pair.rank for pair in adapter.pairs)
     size = sum((pair.a.shape[1] + pair.b.shape[0]) * rank * _FLOAT_BYTES for pair in adapter.pairs)
     check_space(job.target, 2 * size)

@@ -311,10 +311,8 @@ def _tensors(
             for kind in ("weight", "bias"):
                 full = f"model.layers.{layer}.{module}.{kind}"
                 stored = keymap.find(full, weights.tensors)
-                if stored is None and kind == "bias":
-                    continue
-                if kind == "bias" and module not in architecture.biased:
-                    continue  # told below, as a tensor without a place
+                if kind == "bias" and not _has_bias(architecture, module, settings):
+                    continue  # a stored one is told below, as a tensor without a place
                 yield _planned(architecture, weights, full, f"blk.{layer}.{name}.{kind}", settings)
                 used.add(str(stored))
     left = sorted(name for name in weights.tensors if name not in used and "rotary_emb" not in name)
@@ -323,6 +321,14 @@ def _tensors(
             f"{len(left)} tensors have no place in llama.cpp's {architecture.name}, first {left[0]}",
             fix=_USE_16,
         )
+
+
+def _has_bias(architecture: Architecture, module: str, settings: Mapping[str, Any]) -> bool:
+    """Whether transformers adds a bias there; one that is stored besides is never read."""
+    if module not in architecture.biased:
+        return False
+    switch = "mlp_bias" if module.startswith("mlp.") else "attention_bias"
+    return architecture.name == "qwen2" or bool(settings.get(switch))
 
 
 def _planned(

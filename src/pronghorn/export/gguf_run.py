@@ -13,6 +13,7 @@ from pronghorn.adapters.files import read_adapter
 from pronghorn.adapters.tokenizer_files import TOKENIZER
 from pronghorn.export.files import check_space
 from pronghorn.export.formats import GGUF_LORA
+from pronghorn.export.gguf_check import refusals
 from pronghorn.export.gguf_engine import quantise, quantiser
 from pronghorn.export.gguf_lora import write_lora
 from pronghorn.export.gguf_models import ModelPlan, check_model, plan_model, settings_of
@@ -99,10 +100,12 @@ def _check_first(work: GgufJob) -> None:
     if job.adapter.kind is SourceKind.ADAPTER:
         without_quantization(config)  # the merge decodes what was quantised
         weights = base_weights(job.base, read_adapter(job.adapter.path).record, job.onto).weights
+        check_model(config, settings_of(job.base.path))
+        plan_tokens(job.tokenizer if (job.tokenizer / TOKENIZER).is_file() else job.base.path)
     else:
         weights = open_weights(job.base.path)
-    check_model(config, settings_of(job.base.path))
-    plan_tokens(job.tokenizer if (job.tokenizer / TOKENIZER).is_file() else job.base.path)
+        for refused in refusals(job.base.path):
+            raise refused
     check_space(job.target, _needed_bytes(work, weights))
 
 

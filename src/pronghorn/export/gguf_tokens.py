@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from pronghorn.adapters.tokenizer_files import GENERATION, TOKENIZER
 from pronghorn.errors import NotSupportedError, SourceError
 from pronghorn.export.gguf_spm import SPACE, differing_text, merge_scores, prefix_of
+from pronghorn.export.verify_readings import LLAMA_ENDS
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -47,15 +48,6 @@ PRE_TYPES: Mapping[tuple[tuple[str, ...], bool], str] = MappingProxyType(
         ): "gpt-4o",
     }
 )
-# texts that llama.cpp takes for the end of an answer, whatever the file says (llama-vocab.cpp)
-ENDS = frozenset(
-    {
-        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
-        "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
-        "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
-        "<｜end▁of▁sentence｜>", "[e~[", "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>",
-    }
-)  # fmt: skip
 # a model whose general.name holds one of these: llama.cpp strips blanks after all special tokens but _KEPT
 STRIPPING_NAMES = ("phi-3", "phi3")
 _KEPT = frozenset({"<unk>", "<s>", "<|endoftext|>"})
@@ -301,7 +293,7 @@ def _special(
     unknown = spec["model"].get("unk_token")
     if unknown is not None and fast.unk_token_id is not None:
         values["unknown_token_id"] = int(fast.unk_token_id)
-    rest = [number for number in stops if number != end and texts.get(number) not in ENDS]
+    rest = [number for number in stops if number != end and texts.get(number) not in LLAMA_ENDS]
     values |= dict(zip(("eot_token_id", "eom_token_id"), rest, strict=False))
     return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
 
@@ -311,12 +303,14 @@ def _stop_warnings(stops: list[int], texts: Mapping[int, str], metadata: Mapping
     lost = [
         texts.get(number, str(number))
         for number in stops
-        if number not in named and texts.get(number) not in ENDS
+        if number not in named and texts.get(number) not in LLAMA_ENDS
     ]
     if lost:
         yield f"llama.cpp has no place for more end tokens: it does not stop at {', '.join(lost)}"
     more = sorted(
-        text for number, text in texts.items() if (text in ENDS or number in named) and number not in stops
+        text
+        for number, text in texts.items()
+        if (text in LLAMA_ENDS or number in named) and number not in stops
     )
     if more:
         yield f"llama.cpp also ends an answer at {', '.join(more)}, where transformers would go on"

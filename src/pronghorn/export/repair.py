@@ -45,16 +45,25 @@ _QUANTIZATION = frozenset({
 })  # fmt: skip
 _OWN = frozenset({
     "declared dtype", "rope of version 5", "tokenizer of version 5", "end unknown to transformers",
-    "end unknown to all", "end unknown to vLLM", "no chat template", "rope differs, version 4",
+    "end unknown to all", "end known to llama.cpp", "end unknown to vLLM", "no chat template",
+    "rope differs, version 4",
 })  # fmt: skip
 _CONFIG = frozenset({
     "no architectures", "no model_type", "class of another type", "rope differs",
     "no config", "config differs", "other activation", "head not to be tied", "head lost", "shape",
+    "vocabulary",
     "layers left out",
     "more layers",
 })  # fmt: skip
 _TOKENIZER = frozenset(
-    {"no tokenizer", "no tokenizer config", "tokenizer differs", "special ids differ", "broken template"}
+    {
+        "no tokenizer",
+        "no tokenizer config",
+        "tokenizer differs",
+        "special ids differ",
+        "broken template",
+        "endless template",
+    }
 )
 _ALONE = _NAMES | _DROPPED | _REWRITTEN | _LEFT_OUT | _QUANTIZATION | _OWN
 _WITH_BASE = _CONFIG | _TOKENIZER | {"no index"}
@@ -183,7 +192,7 @@ def _tokens(view: Folder, codes: set[str], copy: _Copy) -> None:
         copy.json["tokenizer_config.json"] = settings
     if home is not view:
         copy.told.append("tokenizer: the base's")
-    if not any(code.startswith("end unknown") or code in _TOKENIZER for code in codes):
+    if not any(code.startswith("end ") or code in _TOKENIZER for code in codes):
         return
     generation = home.json("generation_config.json")
     table = token_table(home)

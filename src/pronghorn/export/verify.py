@@ -19,7 +19,16 @@ from pathlib import Path
 from pronghorn.errors import ConfigError, PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
-from pronghorn.export.verify_engines import MEANING, EngineVerdict, as_json, engines_named, judge
+from pronghorn.export.verify_engines import (
+    LLAMA,
+    MEANING,
+    EngineVerdict,
+    Refusal,
+    as_json,
+    engines_named,
+    judge,
+    judge_llama,
+)
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, FLOATS, Folder, Promise, Row, without_quantization
 from pronghorn.export.verify_gguf import check_gguf, gguf_files
 from pronghorn.export.verify_names import expected, tensors_agree
@@ -67,13 +76,15 @@ _RECORD = "pronghorn.json"
 class VerifyReport:
     """What was checked in ``folder`` (``kind``: "model", "adapter" or "gguf"), one row per promise.
 
-    ``engines``: what each engine makes of a model folder, told from its files.
+    ``engines``: what each engine makes of a model folder, told from its files; ``base``: what it was held
+    against.
     """
 
     folder: Path
     kind: str
     rows: tuple[Row, ...]
     engines: tuple[EngineVerdict, ...] = ()
+    base: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -109,32 +120,51 @@ class VerifyReport:
         """The verdict of one engine of ``verify_engines.ENGINES``, for a model folder."""
         return next(one for one in self.engines if one.engine == name)
 
+    def asking(self, engines: str) -> VerifyReport:
+        """The report with llama.cpp's verdict, where ``engines`` names it: what GGUF would be of the folder.
+
+        Raises:
+            ConfigError: a name that is no engine, or none that opens GGUF files.
+        """
+        names = self._names(engines)
+        if LLAMA not in names or self.kind == "gguf" or any(one.engine == LLAMA for one in self.engines):
+            return self
+        verdict = judge_llama(_view(self.folder, self.base), self.rows, _refused(self.folder, self.base))
+        return replace(self, engines=(*self.engines, verdict))
+
     def raise_unless_served(self, engines: str) -> None:
         """Raise for the first of the named engines that does not serve the folder rightly.
 
+        What vLLM makes of an adapter is told by the pre-flight of ``pronghorn serve``.
+
         Args:
-            engines: Names with commas between: vllm, transformers, transformers5, transformers4.
+            engines: Names with commas between: vllm, transformers, transformers5, transformers4, llama.cpp.
 
         Raises:
-            ConfigError: a name that is no engine.
+            ConfigError: a name that is no engine, or none that opens GGUF files.
             VerificationError: names the folder, the engine, the reasons and the way out.
         """
-        if self.kind == "adapter":
-            return
-        for verdict in self._named(engines):
-            if not verdict.ok:
+        names = self._names(engines)
+        for verdict in self.asking(engines).engines:
+            if verdict.engine in names and not verdict.ok:
                 reasons = "; ".join(verdict.reasons)
                 raise VerificationError(
                     f"{self.folder} in {verdict.engine}: {MEANING[verdict.outcome]}: {reasons}",
                     fix="; ".join(verdict.fixes),
                 )
 
-    def _named(self, engines: str) -> list[EngineVerdict]:
+    def _names(self, engines: str) -> tuple[str, ...]:
         try:
             names = engines_named(engines)
         except ValueError as error:
             raise ConfigError(f"--for: {error}", fix="choose among these") from error
-        return [verdict for verdict in self.engines if verdict.engine in names]
+        others = ", ".join(name for name in names if name != LLAMA)
+        if self.kind == "gguf" and others:
+            raise ConfigError(
+                f"--for: {self.folder} is GGUF, and what {others} makes of that is not told here",
+                fix="--for llama.cpp, or check the folder it was written from",
+            )
+        return names
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -158,6 +188,8 @@ def verify(
     base: str | Path | None = None,
     onto: str = "decoded",
     vllm_python: Path | None = None,
+    llama_python: Path | None = None,
+    rows: Path | None = None,
 ) -> VerifyReport:
     """Check a model or adapter folder, or GGUF files, made by pronghorn or by any other tool.
 
@@ -168,11 +200,20 @@ def verify(
             those of base + adapter, computed by plain PEFT in float32.
         base: The base folder. By default the one recorded beside the adapter.
         vllm_python: With ``deep``, the interpreter of an environment with vLLM, which opens the folder, too.
+        llama_python: The same with llama-cpp-python, which opens what the export makes of the folder.
         onto: "original": of a base that was in 4-bit at training, the 16-bit values were merged onto.
 
+        rows: With ``deep`` and ``against``, tokenised rows (JSON lines of input_ids and labels, -100 where
+            nothing is trained): the folder's loss on them must be that of base + adapter.
+
     Raises:
+        ConfigError: ``rows`` without what they are compared with.
         SourceError: ``folder``, ``against`` or ``base`` is not a folder, or ``folder`` holds no model.
     """
+    if rows is not None and not (deep and against is not None):
+        raise ConfigError(
+            "rows (--rows) have their loss compared with base + adapter", fix="add --deep --against ADAPTER"
+        )
     if found := gguf_files(Path(folder).expanduser()):
         if deep or against is not None:
             raise SourceError(
@@ -186,16 +227,17 @@ def verify(
     adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
     base_path = _existing(base, "base folder") if base is not None else _recorded_base(adapter or path)
     if deep:
-        options = ["--onto", onto, *(["--vllm-python", str(vllm_python)] if vllm_python else [])]
+        options = ["--onto", onto]
+        options += ["--vllm-python", str(vllm_python)] if vllm_python else []
+        options += ["--llama-python", str(llama_python)] if llama_python else []
+        options += ["--rows", str(rows)] if rows else []
         return _in_fresh_process(path, adapter, base_path, options)
     return check_files(path, base_path)
 
 
 def check_files(folder: Path, base: Path | None) -> VerifyReport:
     """The shallow part: headers and JSON files only."""
-    view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
-    if view.base is not None and (_in_4bit(view) or _in_4bit(view.base)):
-        view = Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
+    view = _view(folder, base)
     if view.is_adapter:
         promises = ADAPTER_PROMISES + (ADAPTER_PROMISES_WITH_BASE if view.base else ())
     else:
@@ -206,8 +248,15 @@ def check_files(folder: Path, base: Path | None) -> VerifyReport:
         if alone and expected(view.config) is None:
             rows[rows.index(row)] = _asked_class(folder, row)
     if view.is_adapter:
-        return VerifyReport(folder, "adapter", tuple(rows))
-    return VerifyReport(folder, "model", tuple(rows), judge(view, rows))
+        return VerifyReport(folder, "adapter", tuple(rows), base=base)
+    return VerifyReport(folder, "model", tuple(rows), judge(view, rows), base)
+
+
+def _view(folder: Path, base: Path | None) -> Folder:
+    view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
+    if view.base is not None and (_in_4bit(view) or _in_4bit(view.base)):
+        return Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
+    return view
 
 
 def _in_4bit(view: Folder) -> bool:
@@ -230,6 +279,24 @@ def _asked_class(folder: Path, row: Row) -> Row:
     if answer.ok:
         return Row(row.name, True, f"layers differ as their class wants them ({answer.detail})")
     return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}", row.faults)
+
+
+def _refused(folder: Path, base: Path | None) -> tuple[Refusal, ...]:
+    """What the GGUF formats refuse of a folder: the exporter says it, in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "pronghorn.export.gguf_check",
+        str(folder),
+        *([str(base)] if base else []),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
+    try:
+        return tuple(Refusal(**one) for one in json.loads(done.stdout.strip().splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        said = done.stderr.strip().splitlines()
+        reason = f"the exporter's process ended with code {done.returncode}: {said[-1] if said else ''}"
+        return (Refusal(reason, sure=False),)
 
 
 def _existing(folder: str | Path, what: str) -> Path:
@@ -314,6 +381,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", help="the base folder; by default the recorded one")
     parser.add_argument("--onto", choices=("decoded", "original"), default="decoded", help="of a 4-bit base")
     parser.add_argument("--vllm-python", type=Path, help="with --deep: vLLM's interpreter opens it, too")
+    parser.add_argument(
+        "--llama-python", type=Path, help="with --deep: llama.cpp's interpreter opens it, too"
+    )
+    parser.add_argument("--rows", type=Path, help="with --deep and --against: tokenised rows, for the loss")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--allow-unverified", action="store_true", help="0 although something was not checked"
@@ -343,11 +414,15 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
     base = (
         _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
     )
-    rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded")
+    rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded", rows=options.rows)
     if options.vllm_python is not None and not any(row.ok is False for row in rows):
-        from pronghorn.export.verify_vllm import vllm_promises
+        from pronghorn.export.verify_engine import vllm_promises
 
         rows += vllm_promises(report.folder, options.vllm_python)
+    if options.llama_python is not None and not any(row.ok is False for row in rows):
+        from pronghorn.export.verify_llama import llama_promises
+
+        rows += llama_promises(report.folder, options.llama_python)
     return replace(report, rows=report.rows + rows)
 
 

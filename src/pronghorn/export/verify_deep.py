@@ -24,6 +24,7 @@ from pronghorn.export.verify_class import class_agrees
 from pronghorn.export.verify_codes import settings
 from pronghorn.export.verify_decode import QUALITY, load_decoded, quality, size_told
 from pronghorn.export.verify_folder import Folder, Row, verdict
+from pronghorn.export.verify_loss import LOSS, Losses, Rows, loss_row, read_rows, token_losses
 from pronghorn.export.verify_model import Answer, Whole
 from pronghorn.export.verify_stream import Comparison, compare_weights
 from pronghorn.export.verify_streamed import Streamed, streamed_bytes
@@ -63,6 +64,7 @@ class Truth:
 
     ``rounded``: logits of the reference, PEFT's merge rounded to the stored dtype. ``signal``: distance of
     the truth to the base's logits; ``kept``: of the reference to them; ``reference``: of both to each other.
+    ``losses``: on rows, where some were given.
     """
 
     answers: tuple[Answer, ...]
@@ -71,6 +73,7 @@ class Truth:
     signal: Gap
     kept: Gap
     reference: Gap
+    losses: Losses | None = None
 
     @property
     def noise(self) -> float:
@@ -84,11 +87,20 @@ class Truth:
         return Gap(by_size, REFERENCE_FACTOR * self.reference.rms + self.noise)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """``home``: where the tokenizer of training is; ``rows``: those whose loss is compared, if any."""
+
+    home: Folder
+    rows: Rows | None = None
+
+
 def compute_promises(
-    folder: Path, adapter: Path | None, base: Path | None, *, decode: bool = True
+    folder: Path, adapter: Path | None, base: Path | None, *, decode: bool = True, rows: Path | None = None
 ) -> tuple[Row, ...]:
     """Every row of the deep part for a model or adapter folder whose files are in order.
 
+    ``rows``: tokenised rows (``verify_loss.read_rows``), whose loss is compared as well.
     A base that was in 4-bit at training is first written out as it decodes, beside the temporary files of
     this machine; with ``decode`` false its 16-bit values are taken.
     """
@@ -100,14 +112,15 @@ def compute_promises(
         return tuple(_alone(view))
     if base is None:
         return (Row(LOGITS, None, f"the base of {adapter} is not on this machine; give --base"),)
+    given = read_rows(rows) if rows is not None else None
     trained, dtype = verify_quant.trained_in_4bit(adapter)
     stored = verify_quant.is_quantised(Folder(base))
     if not (decode and (trained or stored)):
-        return tuple(_against(view, adapter, Folder(base)))
+        return tuple(_against(view, adapter, Folder(base), given))
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         quantised = frozenset() if stored else trained
         decoded = verify_quant.write_decoded(Folder(base), quantised, dtype, Path(scratch))
-        return tuple(_against(view, adapter, decoded))
+        return tuple(_against(view, adapter, decoded, given))
 
 
 def _alone(view: Folder) -> Iterator[Row]:
@@ -135,7 +148,7 @@ def _runs(view: Folder, ways: Loader) -> Row:
     return Row(RUNS, *verdict(problems, f"compared with nothing: no --against was given{ways.told}"))
 
 
-def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
+def _against(view: Folder, adapter: Path, base: Folder, rows: Rows | None) -> Iterator[Row]:
     """A merged folder (or an adapter) against base + adapter."""
     if not view.is_adapter:
         if not settings(view):
@@ -144,21 +157,22 @@ def _against(view: Folder, adapter: Path, base: Folder) -> Iterator[Row]:
     home = _tokenizer_home(adapter, base.path)
     if "tokenizer_config.json" in view.names or not view.is_adapter:
         yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, home))
+    wanted = (*_NOT_LOADED, LOSS) if rows is not None else _NOT_LOADED
     with _loader(base, adapter) as ways:
         if isinstance(ways, str):
-            yield from (Row(name, None, ways) for name in _NOT_LOADED)
+            yield from (Row(name, None, ways) for name in wanted)
             return
         try:
-            keys, truth = _truth(view, adapter, base, Folder(home), ways)
+            keys, truth = _truth(view, adapter, base, Questions(Folder(home), rows), ways)
         except _FAILURES as error:
             reason = f"base + adapter cannot be computed: {_short(error)}"
-            yield from (Row(name, None, reason) for name in _NOT_LOADED)
+            yield from (Row(name, None, reason) for name in wanted)
             return
         yield keys
         if not settings(view):
-            yield from _judge(view, base, Folder(home), truth, ways)
+            yield from _judge(view, base, Questions(Folder(home), rows), truth, ways)
         elif isinstance(ways, Whole):
-            yield _attempt(QUALITY, lambda: _quality(view, base, truth))
+            yield _attempt(QUALITY, lambda: _quality(view, base, truth, rows))
         else:
             yield Row(QUALITY, None, _need(base))
 
@@ -181,27 +195,38 @@ def _need(base: Folder) -> str:
     return f"one float32 model needs {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free"
 
 
-def _truth(view: Folder, adapter: Path, base: Folder, home: Folder, ways: Loader) -> tuple[Row, Truth]:
+def _truth(view: Folder, adapter: Path, base: Folder, asked: Questions, ways: Loader) -> tuple[Row, Truth]:
     """Load base + adapter once: answers, logits, the base's logits, then the merged reference's."""
+    home, rows = asked.home, asked.rows
     wrapped = ways.with_adapter(base.path, adapter)
     problems = verify_model.unused_adapter_tensors(wrapped, adapter)
     keys = Row(ADAPTER_KEYS, *verdict(problems, "all"))
     ends = verify_model.end_ids(base, home)
     batches = verify_model.prompts(base, _tokenizer(home.path))
     answers = tuple(verify_model.answer(wrapped, batch, ends, ways.new_tokens) for batch in batches)
-    truth = tuple(verify_model.logits(wrapped, a.ids) for a in answers)
+    truth, own = _computed(wrapped, answers, rows)
     with wrapped.disable_adapter():
-        plain = tuple(verify_model.logits(wrapped, a.ids) for a in answers)
+        plain, before = _computed(wrapped, answers, rows)
     with ways.reference(wrapped, base if view.is_adapter else view) as merged:
-        rounded = tuple(verify_model.logits(merged, a.ids) for a in answers)
+        rounded, after = _computed(merged, answers, rows)
     if not all(bool(torch.isfinite(values).all()) for values in (*truth, *plain, *rounded)):
         raise ValueError("its logits are not finite")
     gaps = (distance(truth, plain), distance(rounded, plain), distance(truth, rounded))
-    return keys, Truth(answers, truth, rounded, *gaps)
+    losses = None if own is None or before is None or after is None else Losses(own, before, after)
+    return keys, Truth(answers, truth, rounded, *gaps, losses)
 
 
-def _judge(view: Folder, base: Folder, home: Folder, truth: Truth, ways: Loader) -> Iterator[Row]:
+def _computed(
+    model: Any, answers: tuple[Answer, ...], rows: Rows | None
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Logits over the true answers, and the losses of the rows."""
+    losses = token_losses(model, rows) if rows is not None else None
+    return tuple(verify_model.logits(model, a.ids) for a in answers), losses
+
+
+def _judge(view: Folder, base: Folder, asked: Questions, truth: Truth, ways: Loader) -> Iterator[Row]:
     """Load the folder and hold it against the truth; the truth's model is gone by now."""
+    home, rows = asked.home, asked.rows
     try:
         if view.is_adapter:
             model = ways.with_adapter(base.path, view.path)
@@ -209,7 +234,7 @@ def _judge(view: Folder, base: Folder, home: Folder, truth: Truth, ways: Loader)
         else:
             model = ways.plain(view.path)
             ends = verify_model.end_ids(view, view)
-        found = tuple(verify_model.logits(model, a.ids) for a in truth.answers)
+        found, losses = _computed(model, truth.answers, rows)
         answers = ways.answers(model, truth.answers, found, ends)
     except _FAILURES as error:
         yield Row(LOGITS, False, f"the folder cannot be run: {_short(error)}")
@@ -218,9 +243,11 @@ def _judge(view: Folder, base: Folder, home: Folder, truth: Truth, ways: Loader)
     yield Row(row.name, row.ok, row.detail + ways.told)
     yield moves_row(truth, distance(truth.rounded, found))
     yield greedy_row(truth, answers, ways.new_tokens)
+    if truth.losses is not None and losses is not None and rows is not None:
+        yield loss_row(truth.losses, losses, rows, REFERENCE_FACTOR)
 
 
-def _quality(view: Folder, base: Folder, truth: Truth) -> Row:
+def _quality(view: Folder, base: Folder, truth: Truth, rows: Rows | None) -> Row:
     """The decoded weights beside base + adapter; the adapter's own effect says what the loss is worth."""
     model = load_decoded(view, base.path)
     ids = tuple(answer.ids for answer in truth.answers)
@@ -228,6 +255,9 @@ def _quality(view: Folder, base: Folder, truth: Truth) -> Row:
     lost = distance(truth.logits, found).rms
     told = f"quantising moves the logits by {lost:.3g}, the adapter by {truth.signal.rms:.3g} (rms)"
     told += ": more than the adapter did" if lost > truth.signal.rms else ""
+    if truth.losses is not None and rows is not None:
+        before, after = float(truth.losses.truth.mean()), float(token_losses(model, rows).mean())
+        told += f"; loss of the rows {before:.6g} -> {after:.6g} nats per token"
     return quality(truth.logits, found, ids, f"{told}; {size_told(view, base)}")
 
 

@@ -15,24 +15,28 @@ from pronghorn.export.verify_readings import READINGS
 
 RIGHT, NO_CHAT = "right", "no chat"
 UNCLEAR, CHAT, END, LOGITS, REFUSED = "unclear", "wrong chat", "wrong end", "wrong logits", "refused"
-_RANK = (RIGHT, NO_CHAT, UNCLEAR, CHAT, END, LOGITS, REFUSED)
+ENDLESS = "endless chat"
+_RANK = (RIGHT, NO_CHAT, UNCLEAR, CHAT, ENDLESS, END, LOGITS, REFUSED)
 # what a word of the table stands for, to a reader
 MEANING: Mapping[str, str] = {
     RIGHT: "loads, and computes what the files say",
     NO_CHAT: "loads; has no chat template, so chats are refused",
     UNCLEAR: "cannot be told from the files",
     CHAT: "loads without an error; chats become other tokens",
+    ENDLESS: "loads without an error; a chat is not rendered in time or memory",
     END: "loads without an error; answers do not end where they should",
     LOGITS: "loads without an error; computes something else",
     REFUSED: "does not load",
 }
 
+LLAMA = "llama.cpp"  # opens what the export makes of a folder
 # engine -> versions that the table was held against (docs/verdicts.md); others of the same generation
 # read the same keys
 ENGINES: Mapping[str, str] = {
     "transformers 5": "5.23.0",
     "transformers 4": "4.56.2",
     "vllm": "0.32.0",
+    LLAMA: "0.3.36",  # of llama-cpp-python, which carries it
 }
 # what --for may name -> engines of the table
 ASKED: Mapping[str, tuple[str, ...]] = {
@@ -40,15 +44,25 @@ ASKED: Mapping[str, tuple[str, ...]] = {
     "transformers5": ("transformers 5",),
     "transformers4": ("transformers 4",),
     "vllm": ("vllm",),
+    LLAMA: (LLAMA,),
 }
 
 
 @dataclass(frozen=True)
 class Consequence:
-    """What a fault means for transformers 5, transformers 4 and vLLM, and the way out."""
+    """What a fault means for transformers 5, transformers 4, vLLM and as GGUF in llama.cpp; the way out."""
 
-    outcomes: tuple[str, str, str]
+    outcomes: tuple[str, str, str, str]
     fix: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no GGUF of a folder, and the way out; ``sure`` unless it could not be found out."""
+
+    text: str
+    fix: str = ""
+    sure: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,94 +98,111 @@ _BOTH = "pronghorn verify DIR --fix OUT writes the settings for both generations
 _END = "pronghorn verify DIR --fix OUT names the turn's end in generation_config.json"
 _SAY = "say which with --base"
 
-_FINE = (RIGHT, RIGHT, RIGHT)
-_ALL_REFUSE = (REFUSED, REFUSED, REFUSED)
-_ALL_WRONG = (LOGITS, LOGITS, LOGITS)
+_FINE = (RIGHT, RIGHT, RIGHT, RIGHT)
+_ALL_REFUSE = (REFUSED, REFUSED, REFUSED, REFUSED)
+_ALL_WRONG = (LOGITS, LOGITS, LOGITS, LOGITS)
 
 CONSEQUENCES: Mapping[str, Consequence] = {
     # files
     "unreadable": Consequence(_ALL_REFUSE, _AGAIN),
     "no weights": Consequence(_ALL_REFUSE, _AGAIN),
-    "no index": Consequence((REFUSED, REFUSED, RIGHT), _INDEX),
-    "index forgets": Consequence((RIGHT, LOGITS, RIGHT), _INDEX),
-    "index misplaces": Consequence(_FINE, _INDEX),
-    "index names ghosts": Consequence((UNCLEAR, UNCLEAR, UNCLEAR), _INDEX),
-    "stored twice": Consequence((UNCLEAR, UNCLEAR, UNCLEAR), _AGAIN),
-    "stale single file": Consequence((LOGITS, LOGITS, RIGHT), _CLEAN),
+    "no index": Consequence((REFUSED, REFUSED, RIGHT, REFUSED), _INDEX),
+    "index forgets": Consequence((RIGHT, LOGITS, RIGHT, REFUSED), _INDEX),
+    "index misplaces": Consequence((RIGHT, RIGHT, RIGHT, REFUSED), _INDEX),
+    "index names ghosts": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, REFUSED), _INDEX),
+    "stored twice": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR), _AGAIN),
+    "stale single file": Consequence((LOGITS, LOGITS, RIGHT, REFUSED), _CLEAN),
     "stale file": Consequence(_FINE, _CLEAN),
-    "adapter beside shards": Consequence((LOGITS, LOGITS, RIGHT), _CLEAN),
-    "adapter beside one file": Consequence((LOGITS, LOGITS, REFUSED), _CLEAN),
-    "adapter config beside": Consequence((REFUSED, REFUSED, RIGHT), _CLEAN),
+    "adapter beside shards": Consequence((LOGITS, LOGITS, RIGHT, REFUSED), _CLEAN),
+    "adapter beside one file": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _CLEAN),
+    "adapter config beside": Consequence((REFUSED, REFUSED, RIGHT, REFUSED), _CLEAN),
     "adapter weights beside shards": Consequence(_FINE, _CLEAN),
-    "adapter weights beside one file": Consequence((RIGHT, RIGHT, REFUSED), _CLEAN),
+    "adapter weights beside one file": Consequence((RIGHT, RIGHT, REFUSED, RIGHT), _CLEAN),
     # names and shapes
-    "PEFT names": Consequence((LOGITS, LOGITS, REFUSED), _RENAME),
-    "wrapped names": Consequence((LOGITS, LOGITS, REFUSED), _RENAME),
-    "multimodal prefix": Consequence((LOGITS, RIGHT, REFUSED), _RENAME),
-    "newer multimodal prefix": Consequence((LOGITS, LOGITS, REFUSED), _RENAME),
-    "no model prefix": Consequence((RIGHT, REFUSED, REFUSED), _RENAME),
-    "fused": Consequence((LOGITS, LOGITS, RIGHT), _AGAIN),
-    "split": Consequence((LOGITS, LOGITS, RIGHT), _AGAIN),
-    "stacked experts": Consequence((RIGHT, LOGITS, REFUSED), "save it with transformers' save_pretrained"),
+    "PEFT names": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _RENAME),
+    "wrapped names": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _RENAME),
+    "multimodal prefix": Consequence((LOGITS, RIGHT, REFUSED, REFUSED), _RENAME),
+    "newer multimodal prefix": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _RENAME),
+    "no model prefix": Consequence((RIGHT, REFUSED, REFUSED, RIGHT), _RENAME),
+    "fused": Consequence((LOGITS, LOGITS, RIGHT, REFUSED), _AGAIN),
+    "split": Consequence((LOGITS, LOGITS, RIGHT, REFUSED), _AGAIN),
+    "stacked experts": Consequence(
+        (RIGHT, LOGITS, REFUSED, REFUSED), "save it with transformers' save_pretrained"
+    ),
     "linear lost": Consequence(_ALL_WRONG, _AGAIN),
-    "expert lost": Consequence((REFUSED, LOGITS, LOGITS), _AGAIN),
-    "norm lost": Consequence((LOGITS, LOGITS, REFUSED), _AGAIN),
-    "unknown tensor": Consequence((RIGHT, RIGHT, REFUSED), _CLEAN),
-    "unknown bias": Consequence((RIGHT, RIGHT, RIGHT), _CLEAN),
+    "expert lost": Consequence((REFUSED, LOGITS, LOGITS, REFUSED), _AGAIN),
+    "norm lost": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _AGAIN),
+    "unknown tensor": Consequence((RIGHT, RIGHT, REFUSED, REFUSED), _CLEAN),
+    "unknown bias": Consequence((RIGHT, RIGHT, RIGHT, REFUSED), _CLEAN),
     "shape": Consequence(_ALL_REFUSE, _BASE),
-    "layers left out": Consequence((LOGITS, LOGITS, REFUSED), _BASE),
-    "more layers": Consequence((LOGITS, LOGITS, REFUSED), _BASE),
+    "vocabulary": Consequence((REFUSED, REFUSED, REFUSED, RIGHT), _BASE),
+    "layers left out": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _BASE),
+    "more layers": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _BASE),
     "head lost": Consequence(_ALL_WRONG, "store lm_head.weight, or take tie_word_embeddings from the base"),
     "head of zeros": Consequence(_ALL_WRONG, _AGAIN),
     "copied head": Consequence(_FINE, _CLEAN),
-    "stray head": Consequence((LOGITS, RIGHT, LOGITS), _CLEAN),
-    "head not to be tied": Consequence((RIGHT, LOGITS, RIGHT), _BASE),
-    "head or embeddings": Consequence((UNCLEAR, UNCLEAR, UNCLEAR), _SAY),
+    "stray head": Consequence((LOGITS, RIGHT, LOGITS, RIGHT), _CLEAN),
+    "head not to be tied": Consequence((RIGHT, LOGITS, RIGHT, LOGITS), _BASE),
+    "head or embeddings": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR), _SAY),
     # numbers
     "declared dtype": Consequence(_FINE, "state the dtype that is stored"),
     "mixed dtypes": Consequence(_FINE, _AGAIN),
-    "codes without a config": Consequence((UNCLEAR, UNCLEAR, UNCLEAR), _AGAIN),
-    "fp8 without scales": Consequence((LOGITS, REFUSED, LOGITS), _AGAIN),
+    "codes without a config": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, REFUSED), _AGAIN),
+    "fp8 without scales": Consequence((LOGITS, REFUSED, LOGITS, REFUSED), _AGAIN),
     "bitsandbytes config left": Consequence(_ALL_REFUSE, _CLEAN),
     "gptq config left": Consequence(_ALL_REFUSE, _CLEAN),
     "awq config left": Consequence(_ALL_REFUSE, _CLEAN),
-    "compressed-tensors config left": Consequence((REFUSED, REFUSED, LOGITS), _CLEAN),
-    "fp8 config left": Consequence((LOGITS, REFUSED, LOGITS), _CLEAN),
-    "quantization config left": Consequence((UNCLEAR, UNCLEAR, UNCLEAR), _CLEAN),
+    "compressed-tensors config left": Consequence((REFUSED, REFUSED, LOGITS, REFUSED), _CLEAN),
+    "fp8 config left": Consequence((LOGITS, REFUSED, LOGITS, REFUSED), _CLEAN),
+    "quantization config left": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, REFUSED), _CLEAN),
     "bitsandbytes": Consequence(
-        (RIGHT, RIGHT, REFUSED),
+        (RIGHT, RIGHT, REFUSED, REFUSED),
         "export with --format w4a16, which vLLM reads itself; or install vllm-bnb-plugin beside vLLM",
     ),
     # config.json
     "no config": Consequence(_ALL_REFUSE, _BASE),
     "no architectures": Consequence(_FINE, _BASE),
     "no model_type": Consequence(_ALL_REFUSE, _BASE),
-    "class of another type": Consequence((RIGHT, RIGHT, LOGITS), _BASE),
-    "rope of version 5": Consequence((RIGHT, LOGITS, RIGHT), _BOTH),
-    "rope differs, version 4": Consequence((RIGHT, LOGITS, RIGHT), _BOTH),
+    "class of another type": Consequence((RIGHT, RIGHT, LOGITS, RIGHT), _BASE),
+    "rope of version 5": Consequence((RIGHT, LOGITS, RIGHT, RIGHT), _BOTH),
+    "rope differs, version 4": Consequence((RIGHT, LOGITS, RIGHT, RIGHT), _BOTH),
     "rope differs": Consequence(_ALL_WRONG, _BASE),
-    "rope contradicts itself": Consequence((UNCLEAR, UNCLEAR, UNCLEAR), _SAY),
-    "rope not stated": Consequence((UNCLEAR, UNCLEAR, UNCLEAR), _SAY),
+    "rope contradicts itself": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR), _SAY),
+    "rope not stated": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR), _SAY),
     "config differs": Consequence(_ALL_WRONG, _BASE),
-    "other activation": Consequence((LOGITS, LOGITS, REFUSED), _BASE),
+    "other activation": Consequence((LOGITS, LOGITS, REFUSED, LOGITS), _BASE),
     # tokenizer, chat and ends
     "no tokenizer": Consequence(_ALL_REFUSE, _BASE),
     "no tokenizer config": Consequence(_FINE, _BASE),
-    "tokenizer of version 5": Consequence((RIGHT, REFUSED, RIGHT), _BOTH),
-    "tokenizer differs": Consequence((CHAT, CHAT, CHAT), _BASE),
+    "tokenizer of version 5": Consequence((RIGHT, REFUSED, RIGHT, RIGHT), _BOTH),
+    "tokenizer differs": Consequence((CHAT, CHAT, CHAT, CHAT), _BASE),
     "special ids differ": Consequence(_FINE, _BASE),  # what it does to ends is a reading of its own
-    "no chat template": Consequence((NO_CHAT, NO_CHAT, NO_CHAT), _BASE),
-    "broken template": Consequence((CHAT, CHAT, CHAT), _BASE),
-    "end unknown to transformers": Consequence((END, END, RIGHT), _END),
-    "end unknown to all": Consequence((END, END, END), _END),
-    "end unknown to vLLM": Consequence((RIGHT, RIGHT, END), _END),
+    "no chat template": Consequence((NO_CHAT, NO_CHAT, NO_CHAT, NO_CHAT), _BASE),
+    "broken template": Consequence((CHAT, CHAT, CHAT, CHAT), _BASE),
+    "endless template": Consequence((ENDLESS, ENDLESS, ENDLESS, ENDLESS), _BASE),
+    "end unknown to transformers": Consequence((END, END, RIGHT, RIGHT), _END),
+    "end unknown to all": Consequence((END, END, END, END), _END),
+    "end known to llama.cpp": Consequence((END, END, END, RIGHT), _END),
+    "end unknown to vLLM": Consequence((RIGHT, RIGHT, END, RIGHT), _END),
 }
 
 
 def judge(folder: Folder, rows: Iterable[Row]) -> tuple[EngineVerdict, ...]:
-    """The verdict of every engine."""
+    """The verdict of every engine that opens the folder itself."""
     faults = faults_of(folder, rows)
-    return tuple(_verdict(number, engine, faults) for number, engine in enumerate(ENGINES))
+    return tuple(_verdict(number, name, faults) for number, name in enumerate(ENGINES) if name != LLAMA)
+
+
+def judge_llama(folder: Folder, rows: Iterable[Row], refused: Iterable[Refusal]) -> EngineVerdict:
+    """The verdict of llama.cpp: ``refused`` is what the GGUF formats say of the folder."""
+    said = tuple(refused)
+    if said:
+        outcome = REFUSED if any(one.sure for one in said) else UNCLEAR
+        fixes = dict.fromkeys(one.fix for one in said if one.fix)
+        return EngineVerdict(LLAMA, outcome, tuple(one.text for one in said), tuple(fixes))
+    if folder.is_adapter:
+        return EngineVerdict(LLAMA, RIGHT)
+    return _verdict(list(ENGINES).index(LLAMA), LLAMA, faults_of(folder, rows))
 
 
 def faults_of(folder: Folder, rows: Iterable[Row]) -> list[Fault]:

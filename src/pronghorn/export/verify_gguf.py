@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from pronghorn.export.verify_folder import Finding, Row, UnreadableError, read_json, verdict
-from pronghorn.export.verify_tokens import syntax_errors
+from pronghorn.export.verify_render import syntax_errors
 
 SUFFIX = ".gguf"
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)

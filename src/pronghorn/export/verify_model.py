@@ -17,6 +17,7 @@ import transformers
 
 from pronghorn.export.verify_class import model_class
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FLOATS, Folder, read_header
+from pronghorn.export.verify_render import rendered
 from pronghorn.export.verify_tokens import token_table
 
 RANDOM_PROMPTS, RANDOM_TOKENS, CHAT_TOKENS, NEW_TOKENS = 3, 24, 64, 24
@@ -170,8 +171,15 @@ def prompts(folder: Folder, tokenizer: Any) -> list[torch.Tensor]:
 
 
 def chat_ids(tokenizer: Any) -> list[int]:
-    """The token ids of one rendered question."""
-    text = tokenizer.apply_chat_template(list(CHAT), add_generation_prompt=True, tokenize=False)
+    """The token ids of one rendered question.
+
+    Raises:
+        RenderError: what the template says, or that it does not finish.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template["default"]
+    text = rendered(template, CHAT, tokenizer.special_tokens_map, prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -226,6 +234,11 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, V] of a batch of token ids [B, T], float32."""
     found: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return found.float()
+
+
+def scored(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability [B, T - 1] of each token of ``ids`` [B, T] after the first."""
+    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
 
 class Whole:

@@ -17,6 +17,15 @@ from pronghorn.export.verify_tokens import chat_templates, token_table, turn_end
 _THETA: Mapping[str, float] = {
     **dict.fromkeys(LAYERS, 10_000.0), "mixtral": 1_000_000.0, "gemma3_text": 1_000_000.0,
 }  # fmt: skip
+# texts that llama.cpp takes for the end of an answer, whatever the file says (llama-vocab.cpp)
+LLAMA_ENDS = frozenset(
+    {
+        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+        "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+        "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+        "<｜end▁of▁sentence｜>", "[e~[", "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>",
+    }
+)  # fmt: skip
 _LOCAL_THETA = 10_000.0  # of Gemma 3's layers with a window
 # model type -> the class that engines build
 CLASSES: Mapping[str, str] = {
@@ -160,7 +169,10 @@ def end_faults(folder: Folder) -> list[Fault]:
     if not lost:
         return []
     told = f"token {wanted} ends a turn, and {' and '.join(lost)} would not stop at it"
-    return [Fault(f"end unknown to {lost[0] if len(lost) == 1 else 'all'}", told)]
+    if len(lost) == 1:
+        return [Fault(f"end unknown to {lost[0]}", told)]
+    known = any(table.ids.get(text) == wanted for text in LLAMA_ENDS)
+    return [Fault("end known to llama.cpp" if known else "end unknown to all", told)]
 
 
 def _ids(value: Any) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from pronghorn.export.verify_folder import (
     read_json,
     verdict,
 )
+from pronghorn.export.verify_render import EndlessError, RenderError, rendered, syntax_errors
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -147,44 +147,21 @@ def chat_templates(folder: Folder) -> dict[str, str]:
 
 @promise("chat template parses")
 def template_parses(folder: Folder) -> Finding:
-    """Every chat template is valid Jinja."""
+    """Every chat template is valid Jinja, and the first renders a short chat in time."""
     templates = chat_templates(folder)
     if not templates:
         return True, "no chat template"
     try:
         problems = [Fault("broken template", said) for said in syntax_errors(templates)]
+        if not problems:
+            _two_turns(folder, token_table(folder))
     except ImportError:
         return None, "jinja2 is not installed"
+    except EndlessError as error:
+        problems = [Fault("endless template", f"the chat template does not render a short chat: {error}")]
+    except RenderError:
+        pass  # a template that wants more than messages
     return verdict(problems, ", ".join(templates))
-
-
-def _extensions() -> list[Any]:
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-
-    class Generation(Extension):
-        """transformers' own block tag: ``{% generation %}`` marks what the assistant said."""
-
-        tags = {"generation"}  # noqa: RUF012 - the name and type are jinja2's
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return [Generation, loopcontrols]
-
-
-def syntax_errors(templates: dict[str, str]) -> Iterable[str]:
-    """What is no Jinja in templates, by where they are written."""
-    from jinja2 import Environment, TemplateSyntaxError
-
-    environment = Environment(extensions=_extensions())
-    for where, text in templates.items():
-        try:
-            environment.parse(text)
-        except TemplateSyntaxError as error:
-            yield f"{where}, line {error.lineno}: {error.message}"
 
 
 _MARK = "what an assistant says"
@@ -192,12 +169,9 @@ _MARK = "what an assistant says"
 
 def turn_end(folder: Folder, table: TokenTable) -> int | None:
     """The id of the special token that the chat template puts after an assistant's words; None: unknown."""
-    text = next(iter(chat_templates(folder).values()), "")
-    if not text:
-        return None
     try:
-        said = _rendered(text, table)
-    except (ImportError, ValueError, TypeError, KeyError, AttributeError):
+        said = _two_turns(folder, table)
+    except RenderError:
         return None  # a template that wants more than messages
     after = said.rpartition(_MARK)[2]
     special = {token for token in table.added if token and token in after}
@@ -205,24 +179,8 @@ def turn_end(folder: Folder, table: TokenTable) -> int | None:
     return None if first is None else table.ids.get(first)
 
 
-def _rendered(template: str, table: TokenTable) -> str:
-    """A chat of two turns; the template is foreign code and runs in jinja2's sandbox."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=_extensions()
-    )
-    environment.globals["raise_exception"] = _refuse
+def _two_turns(folder: Folder, table: TokenTable) -> str:
+    """A question and its answer as the folder's chat template writes them; nothing without a template."""
+    text = next(iter(chat_templates(folder).values()), "")
     turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": _MARK}]
-    try:
-        made = environment.from_string(template).render(
-            messages=turns, add_generation_prompt=False, **table.special
-        )
-    except (TemplateError, RecursionError) as error:
-        raise ValueError(str(error)) from error
-    return str(made)
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
+    return rendered(text, turns, table.special, prompt=False) if text else ""

@@ -196,7 +196,7 @@ def vocabulary_agrees(folder: Folder) -> Finding:
     size = folder.text_config.get("vocab_size")
     rows = {t: tensor.shape[0] for t, tensor in _vocabulary(folder).items() if tensor.shape}
     problems = [
-        Fault("shape", f"{t} has {n} rows, vocab_size is {size}") for t, n in rows.items() if n != size
+        Fault("vocabulary", f"{t} has {n} rows, vocab_size is {size}") for t, n in rows.items() if n != size
     ]
     return verdict(problems, f"{size} (in {len(rows)} tensors)")
 

@@ -11,7 +11,7 @@ import inspect
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 from pronghorn.adapters.origin import base_of, origin_of
-from pronghorn.data.options import DataOptions
-from pronghorn.data.prepare import prepare
 from pronghorn.errors import DataError, PronghornError
 from pronghorn.export.report import ExportReport
 from pronghorn.loading.load import load
@@ -28,12 +26,8 @@ from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.report import LoadReport
 from pronghorn.loading.strict import no_bars
 from pronghorn.quant.stored import quantization_of
+from pronghorn.serving.rows import IGNORED, scored_rows
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
-from pronghorn.training.config import load_config
-
-# scored tokens: 2048 x 128k words of vocabulary in float32 are 1 GB of temporary file
-MAX_TOKENS = 2048
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -85,50 +79,13 @@ def compare(candidates: Sequence[Candidate], rows: str | Path | None = None) -> 
                 model, tokenizer = load(candidate.path, candidate.options, say=None)
             if not scored:
                 places = [one.path for one in candidates]
-                for ids, wanted in _limited(_rows(rows, places, tokenizer)):
+                for ids, wanted in scored_rows(rows, places, tokenizer):
                     scored.append(ids)
                     labels.append(wanted)
             found.append(_measure(candidate.name, model, scored, labels, said))
             del model
             gc.collect()
     return tuple(found)
-
-
-def _rows(
-    rows: str | Path | None, places: Sequence[str | Path], tokenizer: Any
-) -> Iterator[tuple[list[int], list[int]]]:
-    if rows is not None:
-        prepared = prepare(DataOptions(train=(str(rows),)), tokenizer, tokenizer.model_max_length).train
-    else:
-        prepared = _evaluation_rows(places, tokenizer)
-    for row in prepared:
-        yield list(row["input_ids"]), list(row["labels"])
-
-
-def _evaluation_rows(places: Sequence[str | Path], tokenizer: Any) -> Any:
-    """The evaluation rows of the run in whose folder one of the candidates lies."""
-    for place in places:
-        config = Path(place).expanduser().absolute().parent / "run.yaml"
-        if config.is_file():
-            prepared = prepare(load_config(config).data, tokenizer, tokenizer.model_max_length).eval
-            if prepared is not None:
-                return prepared
-    raise DataError(
-        "there are no rows to compare on: no candidate lies in a run folder with evaluation rows",
-        fix="name a file of rows (--rows FILE)",
-    )
-
-
-def _limited(rows: Iterator[tuple[list[int], list[int]]]) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows until ``MAX_TOKENS`` tokens are scored; only rows that have one."""
-    count = 0
-    for ids, labels in rows:
-        here = sum(label != _IGNORED for label in labels[1:])
-        if here and count < MAX_TOKENS:
-            count += here
-            yield ids, labels
-    if not count:
-        raise DataError("no token of the rows is scored", fix="give rows with an answer")
 
 
 @torch.no_grad()
@@ -179,7 +136,7 @@ def _measure(name: str, model: Any, rows: list[list[int]], labels: list[list[int
 def _scores(model: Any, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [K, V] (float32, on the CPU) before each scored token, and the tokens [K]."""
     targets = torch.tensor(labels[1:])
-    places = (targets != _IGNORED).nonzero().flatten()
+    places = (targets != IGNORED).nonzero().flatten()
     batch = torch.tensor([ids], device=model.device)
     mask = torch.ones_like(batch)
     inputs: dict[str, Any] = {"input_ids": batch, "attention_mask": mask, "use_cache": False}

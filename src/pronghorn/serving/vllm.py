@@ -27,7 +27,7 @@ from pronghorn.errors import (
     PronghornError,
 )
 from pronghorn.export.portable import served_pairs
-from pronghorn.export.verify import verify
+from pronghorn.export.verify import VerifyReport, verify
 from pronghorn.export.verify_engines import LOGITS, MEANING, REFUSED
 from pronghorn.export.verify_model import available_bytes
 from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, read_json, resolve, resolve_base
@@ -41,6 +41,7 @@ _GIB = 2**30
 # beyond the weights: activations, CUDA graphs, the runtime
 _RESERVED_BYTES = 2 * _GIB
 _LARGEST_SHARE, _CPU_CACHE_GIB = 0.92, 4
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _INSTALL = "install vLLM in an environment of its own and name its interpreter: --vllm-python PATH"
 
 
@@ -111,6 +112,8 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
             f"{found.path} {wrong[0].module}; vLLM would ignore the adapter and answer as the base",
             fix=f"pronghorn export {folder} DIR --format adapter --base {found.path}",
         )
+    _check_engine(found.path, verify(found.path))
+    _check_adapters(found.path, found.config)
     arguments, environment = _resources(found.path)
     rank = max(pair.rank for pair in adapter.pairs)
     lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
@@ -125,11 +128,26 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
 def _check_model(path: Path) -> None:
     report = verify(path)
     report.raise_if_broken(allow_unverified=True)
+    _check_engine(path, report)
+
+
+def _check_engine(path: Path, report: VerifyReport) -> None:
+    """vLLM loads the model and computes the same; a base may have faults that vLLM does not mind."""
     found = report.engine("vllm")
     if found.outcome in (REFUSED, LOGITS):
         raise NotSupportedError(
             f"{path} in vLLM: {MEANING[found.outcome]}: {'; '.join(found.reasons)}",
             fix="; ".join(found.fixes),
+        )
+
+
+def _check_adapters(base: Path, config: Mapping[str, Any]) -> None:
+    """Without a GPU, vLLM 0.32 fails at its start with any adapter on a mixture of experts."""
+    text = config.get("text_config") or config
+    if any(text.get(key) for key in _EXPERTS) and not torch.cuda.is_available():
+        raise NotSupportedError(
+            f"{base} is a mixture of experts: vLLM's CPU build ends at its start with any adapter on it",
+            fix="serve it on a GPU, or merge the adapter: --format merged_16bit",
         )
 
 

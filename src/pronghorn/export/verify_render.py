@@ -1,0 +1,159 @@
+"""Chat templates rendered in a process of their own, with limits on time, memory and output.
+
+A template is a program that came with a model. jinja2's sandbox keeps it from the machine; it does not keep
+it from looping for ever or from filling the memory. This file is also the program of that process, so it
+imports nothing of ours when it is started by its path. It gives a template what transformers gives one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+SECONDS = 10.0  # ordinary templates take a millisecond, the start of the process a tenth of a second
+MEMORY_BYTES = 1 << 30  # of address space; jinja2 takes 30 MB
+OUTPUT_BYTES = 1 << 20  # two short messages become a few hundred
+
+
+class RenderError(ValueError):
+    """The template refused the messages, or is no template."""
+
+
+class EndlessError(RenderError):
+    """The template did not finish within the limits."""
+
+
+def rendered(
+    template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, Any], *, prompt: bool
+) -> str:
+    """A conversation as the template writes it.
+
+    Args:
+        template: Jinja, as in tokenizer_config.json.
+        messages: role and content each.
+        special: Texts of the special tokens, by name (bos_token ...).
+        prompt: End with what opens the assistant's answer.
+
+    Raises:
+        RenderError: what the template said.
+        EndlessError: it took more than ``SECONDS``, ``MEMORY_BYTES`` or ``OUTPUT_BYTES``.
+    """
+    given = {"messages": list(messages), "add_generation_prompt": prompt, "tools": None, "documents": None}
+    return _asked(json.dumps({"template": template, "given": {**given, **special}}, default=str))
+
+
+@lru_cache
+def _asked(request: str) -> str:
+    program = [sys.executable, __file__]
+    try:
+        done = subprocess.run(
+            program, input=request, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise EndlessError(f"it did not finish within {SECONDS:g} s") from None
+    except ValueError:
+        raise EndlessError(f"its process ended with code {done.returncode}") from None
+    if "endless" in answer:
+        raise EndlessError(answer["endless"])
+    if "error" in answer:
+        raise RenderError(answer["error"])
+    return str(answer["text"])
+
+
+def syntax_errors(templates: Mapping[str, str]) -> Iterable[str]:
+    """What is no Jinja in templates, by where they are written; nothing is run.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    environment = _environment()
+    for where, text in templates.items():
+        try:
+            environment.parse(text)
+        except TemplateSyntaxError as error:
+            yield f"{where}, line {error.lineno}: {error.message}"
+        except RecursionError:
+            yield f"{where}: nested too deep"
+
+
+def _environment() -> Any:
+    """jinja2's sandbox with what transformers adds to it."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """transformers' own block tag: ``{% generation %}`` marks what the assistant said."""
+
+        tags = {"generation"}  # noqa: RUF012 - the name and type are jinja2's
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    made.filters["tojson"] = _to_json
+    made.globals.update(raise_exception=_refuse, strftime_now=_now)
+    return made
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without jinja2's escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit; the time limit holds there too
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, str]:
+    environment = _environment()
+    _limit_memory()
+    try:
+        size, pieces = 0, []
+        for piece in environment.from_string(request["template"]).generate(**request["given"]):
+            size += len(piece)
+            if size > OUTPUT_BYTES:
+                return {"endless": f"it wrote more than {OUTPUT_BYTES:,} characters"}
+            pieces.append(piece)
+    except MemoryError:
+        return {"endless": f"it took more than {MEMORY_BYTES >> 30} GiB"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:400]}
+    return {"text": "".join(pieces)}
+
+
+if __name__ == "__main__":
+    sys.path[:] = sys.path[1:]  # this folder: its names are not meant for other libraries
+    print(json.dumps(_answer(json.loads(sys.stdin.read()))))
