@@ -7,11 +7,14 @@ GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 LLAMA := .venv-llama
+GPTQ := .venv-gptq
 OLDER := .venv-transformers4
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
+GPTQ_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-gptq.txt)
+LLM_COMPRESSOR := $(shell sed -n 's/^\(llmcompressor==[0-9.]*\).*/\1/p' constraints-gptq.txt)
 OLDEST := .venv-oldest
 MIDDLE := .venv-middle
 # === takes that very build: with == pip may choose one with a label of its own
@@ -26,7 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-external test-gpu test-matrix verdicts check fmt clean
-.PHONY: $(VENV) $(VLLM) $(LLAMA) $(OLDER) $(OLDEST) $(MIDDLE)
+.PHONY: $(VENV) $(VLLM) $(LLAMA) $(GPTQ) $(OLDER) $(OLDEST) $(MIDDLE)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -37,7 +40,7 @@ demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in mi
 test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
 	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
 
-test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests on the real vLLM and llama.cpp, and the slow ones
+test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready $(GPTQ)/.ready ## all other tests on the real vLLM, llama.cpp and llm-compressor, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
@@ -68,6 +71,7 @@ clean: ## remove caches and build products; the environments and runs stay
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
 $(LLAMA): $(LLAMA)/.ready
+$(GPTQ): $(GPTQ)/.ready
 $(OLDER): $(OLDER)/.ready
 $(OLDEST): $(OLDEST)/.ready
 $(MIDDLE): $(MIDDLE)/.ready
@@ -107,4 +111,11 @@ $(VLLM)/.ready: constraints-vllm.txt
 $(LLAMA)/.ready: constraints-llama.txt
 	$(PYTHON) -m venv $(LLAMA)
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA)/bin/python $(PIP) --constraint constraints-llama.txt $(LLAMA_CPP)
+	touch $@
+
+# llm-compressor takes an older transformers than .venv has. torch first, for the same reason as there.
+$(GPTQ)/.ready: constraints-gptq.txt
+	$(PYTHON) -m venv $(GPTQ)
+	$(GPTQ)/bin/python $(PIP) --constraint constraints-gptq.txt $(GPTQ_TORCH)
+	$(GPTQ)/bin/python $(PIP) --constraint constraints-gptq.txt $(LLM_COMPRESSOR)
 	touch $@

@@ -56,6 +56,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "yaml": ("training.config", "training.run"),
     "numpy": ("data.checks", "data.store", "data.tally", "export.gguf_write", "export.merged"),
     "gguf": ("export.gguf_run", "export.gguf_write"),
+    "llmcompressor": ("export.calibrate_engine",),
     "llama_cpp": ("export.gguf_engine",),
     "tokenizers": ("data.isolated",),
     "jinja2": ("data.opaque", "export.gguf_ollama", "export.verify_tokens"),

@@ -25,7 +25,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="merged_16bit; w4a16, w8a8 or fp8 (quantised); gguf-q8_0, gguf-q4_k_m, ..., gguf-lora; "
+            help="merged_16bit; w4a16, w8a8, fp8, nvfp4 (quantised); gguf-q8_0, gguf-q4_k_m, ..., gguf-lora; "
             "adapter (portable); lora (as it is).",
         ),
     ] = "merged_16bit",
@@ -38,6 +38,15 @@ def export(
     llama_python: Annotated[
         Path | None,
         typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows, as for training, on which GPTQ (llm-compressor) chooses the codes of w4a16."
+        ),
+    ] = None,
+    calibrate_python: Annotated[
+        Path | None, typer.Option(help="The Python that has llmcompressor, where it is not this one.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     adapter_name: Annotated[
@@ -54,7 +63,7 @@ def export(
         report = run(
             adapter,
             target,
-            format=MergeFormat(format_, onto, llama_python),  # type: ignore[arg-type]  # it checks itself
+            format=MergeFormat(format_, onto, llama_python, calibrate, calibrate_python),  # type: ignore[arg-type]
             base=base,
             overwrite=overwrite,
             adapter_name=adapter_name,
@@ -64,8 +73,10 @@ def export(
     print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
     if report.checks:
         print_table(
-            "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
+            "verified", ("promise", "kept", "detail"), ((row.name, True, row.detail) for row in report.checks)
         )
+    if report.quality:
+        print_table("what quantising cost", ("measure", "base + adapter", report.format), report.quality)
     if report.onto is not None:
         _print_drift(report, onto)
     _print_llama_cpp(report) if report.format.startswith("gguf-") else _print_serving(report)
