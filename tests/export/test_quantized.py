@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +266,7 @@ def test_a_folder_that_lost_a_part_is_found(written: dict[str, Path], tmp_path: 
     name = "nvfp4" if kind == "divisor" else "w4a16"
     folder = Path(shutil.copytree(written[name], tmp_path / "broken"))
     assert verify(folder).passed
+    assert verify(folder).engine("vllm").outcome == ("unclear" if name == "nvfp4" else "right")
     breaking, said = BROKEN[kind]
     if kind == "head":
         edit_config(lambda c: c["quantization_config"].update(ignore=[]))(folder)
@@ -311,6 +314,7 @@ def test_experts_are_quantised_and_routers_are_not(tmp_path: Path, family: str, 
     module, gate, up = MIXTURES[family]
     ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert {"lm_head", f"model.layers.0.{module}.gate", "model.layers.1.mlp.gate"} <= set(ignore)
+    assert verify(tmp_path / "out").engine("vllm").outcome == "unclear"
     held = tensors(tmp_path / "out")
     assert held[f"model.layers.0.{module}.gate.weight"].dtype is torch.bfloat16
     model = load_decoded(Folder(tmp_path / "out"), base)
@@ -365,3 +369,32 @@ def test_calibration_that_cannot_be_is_refused_first(
     with pytest.raises(ConfigError, match="no rows to calibrate on"):
         MergeFormat("w4a16", calibrate_python=Path("/no/python"))
     assert not any(tmp_path.iterdir())
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from pronghorn.export.run import export
+import transformers, torch
+torch.ones(99, 99) @ torch.ones(99, 99)
+export(Path(sys.argv[1]), Path(sys.argv[2]) / "small", format=sys.argv[4], verify=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+export(Path(sys.argv[3]), Path(sys.argv[2]) / "large", format=sys.argv[4], verify=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["w4a16", "fp8", "nvfp4"])
+def test_extra_memory_is_bounded_whatever_the_size(
+    made: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """200 MB of weights in three tensors take less than 64 MiB more than a tiny model does."""
+    base = tiny.write_base(
+        tmp_path / "base", "llama", hidden_size=1024, intermediate_size=32_768, num_hidden_layers=1
+    )
+    adapter = tiny.write_adapter(tmp_path / "adapter", base, target_modules=["up_proj", "down_proj"])
+    command = [sys.executable, "-c", MEMORY, str(made[1]), str(tmp_path), str(adapter), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 64 * 2**20
+    assert len(coded(Folder(tmp_path / "large"))) == 7

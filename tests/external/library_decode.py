@@ -1,7 +1,8 @@
 """Run where compressed-tensors is installed: the weights of quantised folders as that library decodes them.
 
-``python library_decode.py FOLDER OUT.safetensors``. It reads config.json and the tensors, and takes the
-format's own compressor of the library. Shares no code with what it checks.
+``python library_decode.py OUT FOLDER...`` writes ``OUT/NAME.safetensors`` for each folder called NAME. It
+reads config.json and the tensors, and takes the format's own compressor of the library. Shares no code with
+what it checks.
 """
 
 from __future__ import annotations
@@ -38,4 +39,6 @@ def decode(folder: Path) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    save_file(decode(Path(sys.argv[1])), sys.argv[2])
+    out, *folders = map(Path, sys.argv[1:])
+    for folder in folders:
+        save_file(decode(folder), out / f"{folder.name}.safetensors")

@@ -68,6 +68,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str]
     jobs = [{"model": str(folders[case]), "prompts": PROMPTS, "max_tokens": MAX_TOKENS} for case in CASES]
     served = dict(zip(CASES, vllm_engine.run(jobs, home), strict=True))
     logits = through_transformers(list(folders.values()), home)
+    subprocess.run([vllm_engine.PYTHON, LIBRARY, home, *folders.values()], check=True)
     return {
         case: Read(*pairs[case[0]], folder, served.get(case, [[]])[0], [torch.tensor(row) for row in rows])
         for (case, folder), rows in zip(folders.items(), logits, strict=True)
@@ -125,11 +126,10 @@ def test_transformers_reads_the_decoded_weights(
 
 @pytest.mark.parametrize("case", [*CASES, *DECODED], ids="-".join)
 def test_the_library_decodes_what_the_verifier_decodes(
-    everything: dict[tuple[str, str], Read], case: tuple[str, str], tmp_path: Path
+    everything: dict[tuple[str, str], Read], case: tuple[str, str]
 ) -> None:
     read = everything[case]
-    subprocess.run([vllm_engine.PYTHON, LIBRARY, read.folder, tmp_path / "decoded.safetensors"], check=True)
-    found = load_file(tmp_path / "decoded.safetensors")
+    found = load_file(read.folder.with_suffix(".safetensors"))
     weights = coded(Folder(read.folder))
     assert found.keys() == weights.keys()
     truth = base_and_adapter(read)
@@ -144,10 +144,26 @@ def test_the_library_decodes_what_the_verifier_decodes(
 
 
 def base_and_adapter(read: Read) -> dict[str, torch.Tensor]:
-    """Weights of base + adapter in float32 by their names in the files (the experts have no adapter here)."""
-    stored = {n: t.float() for file in read.base.glob("*.safetensors") for n, t in load_file(file).items()}
-    merged = memorised.load(read.base, read.adapter).merge_and_unload().state_dict()
-    return {**stored, **{name: merged[name] for name in stored.keys() & merged.keys()}}
+    """Matrices of base + adapter in float32, by PEFT's merge, under their names in the files."""
+    found: dict[str, torch.Tensor] = {}
+    for name, values in memorised.load(read.base, read.adapter).merge_and_unload().state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if values.dim() == 3:  # transformers stacks the experts, and gate on up
+            for number, expert in enumerate(values):
+                leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+                for one, part in zip(leaves, expert.chunk(len(leaves)), strict=True):
+                    found[f"{module}.{number}.{one}.weight"] = part
+        else:
+            found[name] = values
+    stored = {name for file in read.base.glob("*.safetensors") for name in load_file(file)}
+    mixtral = (("mlp", "block_sparse_moe"), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+    for name in list(found):
+        other = name
+        for ours, theirs in mixtral:
+            other = other.replace(f".{ours}.", f".{theirs}.")
+        if name not in stored and other in stored:
+            found[other] = found[name]
+    return found
 
 
 def test_vllm_on_a_cpu_takes_nvfp4_as_far_as_its_kernels(everything: dict[tuple[str, str], Read]) -> None:

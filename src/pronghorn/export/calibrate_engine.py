@@ -52,9 +52,10 @@ def solve(
     (group,) = config["config_groups"].values()
     asked = {"rows": [list(row) for row in rows], "group": group, "ignore": config["ignore"]}
     job.write_text(json.dumps(asked), encoding="utf-8")
-    command = [python, __file__, str(model), str(job), str(out)]
+    # absolute, and no links followed: an environment's interpreter is a link, and its place names the environment
+    places = [str(place.absolute()) for place in (Path(python), Path(__file__), model, job, out)]
     done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, cwd=out.parent
+        places, capture_output=True, text=True, errors="replace", check=False, cwd=out.parent
     )
     if done.returncode != 0 or not any(out.glob("*.safetensors")):
         said = (done.stdout + done.stderr).strip().splitlines()[-3:]
