@@ -52,7 +52,7 @@ def solve(
     (group,) = config["config_groups"].values()
     asked = {"rows": [list(row) for row in rows], "group": group, "ignore": config["ignore"]}
     job.write_text(json.dumps(asked), encoding="utf-8")
-    # absolute, and no links followed: an environment's interpreter is a link, and its place names the environment
+    # absolute, but links stay: an environment's interpreter is one, and its place names the environment
     places = [str(place.absolute()) for place in (Path(python), Path(__file__), model, job, out)]
     done = subprocess.run(
         places, capture_output=True, text=True, errors="replace", check=False, cwd=out.parent
