@@ -334,6 +334,8 @@ def test_mixtures_that_no_engine_reads_are_refused(tmp_path: Path, family: str, 
     with pytest.raises(NotSupportedError, match=said) as caught:
         export(adapter, tmp_path / "out", format=name)
     assert "w4a16 or fp8" in caught.value.fix
+    with pytest.raises(NotSupportedError, match="calibration of a mixture of experts is not proven"):
+        export(adapter, tmp_path / "out", format=MergeFormat("w4a16", calibrate=tmp_path / "rows.jsonl"))
     assert not (tmp_path / "out").exists()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from pronghorn.adapters.files import read_adapter
 from pronghorn.adapters.tokenizer_files import CONFIG, TOKENIZER_FILES
 from pronghorn.data.options import DataOptions
 from pronghorn.data.prepare import prepare
@@ -24,6 +25,7 @@ from pronghorn.export.files import check_space, copy_into, small_files
 from pronghorn.export.job import Job, verified
 from pronghorn.export.layout import OutputShard, OutputTensor, write_header
 from pronghorn.export.merged import write_shards
+from pronghorn.export.onto import base_weights
 from pronghorn.export.quantized import Quantisation, parts_of, plan_quantisation
 from pronghorn.export.report import ExportReport
 from pronghorn.sources.resolve import read_json
@@ -64,9 +66,10 @@ def write_calibrated(work: CalibratedJob) -> ExportReport:
             f"calibrate does nothing for the format {work.format}",
             fix=f"leave it out, or use {' or '.join(CALIBRATED)}",
         )
+    base = base_weights(job.base, read_adapter(job.adapter.path).record, job.onto)
+    _plan(work.format, base.weights, dict(job.base.config), job.base.path)
     python = compressor(work.python)
     rows = _tokenised(work)
-    _plan(work.format, open_weights(job.base.path), dict(job.base.config), job.base.path)
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
