@@ -336,6 +336,13 @@ def test_mixtures_that_no_engine_reads_are_refused(tmp_path: Path, family: str, 
     assert "w4a16 or fp8" in caught.value.fix
     with pytest.raises(NotSupportedError, match="calibration of a mixture of experts is not proven"):
         export(adapter, tmp_path / "out", format=MergeFormat("w4a16", calibrate=tmp_path / "rows.jsonl"))
+    edit_config(lambda config: config.update(model_type="olmoe"))(base)
+    with pytest.raises(NotSupportedError, match="for mixtral and qwen3_moe only, this is olmoe"):
+        export(adapter, tmp_path / "out", format="fp8")
+    stack = {"model.layers.0.mlp.experts.down_proj": torch.zeros(4, 64, 32).bfloat16()}
+    edit_tensors(lambda held: held.update(stack))(base)
+    with pytest.raises(NotSupportedError, match=r"experts\.down_proj holds all experts of a layer"):
+        export(adapter, tmp_path / "out", format="fp8")
     assert not (tmp_path / "out").exists()
 
 

@@ -63,7 +63,7 @@ def plan_quantisation(
         raise NotSupportedError(f"{name} of a multimodal model is not proven in an engine", fix=_USE_16)
     experts = [file for file in weights.tensors if ".experts." in file]
     if experts:
-        _check_mixture(name, str(config.get("model_type")), experts[0], weights)
+        _check_mixture(name, str(config.get("model_type")), [weights.tensors[one][1] for one in experts])
     coded = {file for file in experts if file.endswith(".weight")}
     ignore: list[str] = []
     for module, found in class_modules(base).items():
@@ -85,14 +85,19 @@ def plan_quantisation(
     return Quantisation(scheme, frozenset(coded), tuple(ignore))
 
 
-def _check_mixture(name: str, kind: str, first: str, weights: WeightFolder) -> None:
+def _check_mixture(name: str, kind: str, experts: list[TensorEntry]) -> None:
     if name not in _MIXTURE_FORMATS:
         raise NotSupportedError(
             f"{name} of a mixture of experts: transformers does not read such experts, nor 16-bit ones "
             "beside other layers that are quantised so",
             fix=f"use {' or '.join(_MIXTURE_FORMATS)}, or merged_16bit",
         )
-    if kind not in _MIXTURES or len(weights.tensors[first][1].shape) != 2:
+    stacked = next((entry.name for entry in experts if len(entry.shape) == 3), None)
+    if stacked is not None:
+        raise NotSupportedError(
+            f"{stacked} holds all experts of a layer, and {name} has codes for each of its own", fix=_USE_16
+        )
+    if kind not in _MIXTURES:
         known = " and ".join(_MIXTURES)
         raise NotSupportedError(
             f"{name} of a mixture of experts is proven for {known} only, this is {kind}", fix=_USE_16
