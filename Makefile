@@ -7,10 +7,13 @@ GPU_PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 LLAMA := .venv-llama
+GPTQ := .venv-gptq
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 LLAMA_CPP := $(shell sed -n 's/^\(llama-cpp-python==[0-9.]*\).*/\1/p' constraints-llama.txt)
+GPTQ_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-gptq.txt)
+LLM_COMPRESSOR := $(shell sed -n 's/^\(llmcompressor==[0-9.]*\).*/\1/p' constraints-gptq.txt)
 OLDEST := .venv-oldest
 MIDDLE := .venv-middle
 # === takes that very build: with == pip may choose one with a label of its own
@@ -25,7 +28,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-external test-gpu test-matrix verdicts check fmt clean
-.PHONY: $(VENV) $(VLLM) $(LLAMA) $(OLDEST) $(MIDDLE)
+.PHONY: $(VENV) $(VLLM) $(LLAMA) $(GPTQ) $(OLDEST) $(MIDDLE)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -36,7 +39,7 @@ demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in mi
 test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
 	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
 
-test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready ## all other tests on the real vLLM and llama.cpp, and the slow ones
+test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready $(GPTQ)/.ready ## all other tests on the real vLLM, llama.cpp and llm-compressor, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
@@ -67,6 +70,7 @@ clean: ## remove caches and build products; the environments and runs stay
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
 $(LLAMA): $(LLAMA)/.ready
+$(GPTQ): $(GPTQ)/.ready
 $(OLDEST): $(OLDEST)/.ready
 $(MIDDLE): $(MIDDLE)/.ready
 
@@ -99,4 +103,11 @@ $(VLLM)/.ready: constraints-vllm.txt
 $(LLAMA)/.ready: constraints-llama.txt
 	$(PYTHON) -m venv $(LLAMA)
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA)/bin/python $(PIP) --constraint constraints-llama.txt $(LLAMA_CPP)
+	touch $@
+
+# llm-compressor takes an older transformers than .venv has. torch first, for the same reason as there.
+$(GPTQ)/.ready: constraints-gptq.txt
+	$(PYTHON) -m venv $(GPTQ)
+	$(GPTQ)/bin/python $(PIP) --constraint constraints-gptq.txt $(GPTQ_TORCH)
+	$(GPTQ)/bin/python $(PIP) --constraint constraints-gptq.txt $(LLM_COMPRESSOR)
 	touch $@

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError
+from pronghorn.export.formats import format_of_method
 from pronghorn.fast import FastLanguageModel
 from pronghorn.loading.load import load
 from tests import tiny
@@ -129,14 +130,23 @@ def _saved(model: Any, folder: Path) -> Path:
     return folder / "adapter"
 
 
+def test_names_of_others_are_taken_where_they_mean_the_same(base: Path, tmp_path: Path) -> None:
+    same = {"fp8_dynamic": "fp8", "w8a8_int8": "w8a8", "int4": "w4a16", "nvfp4a16": "nvfp4", "w4a16": "w4a16"}
+    assert {name: format_of_method(name) for name in same} == same
+    model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
+    with pytest.raises(ConfigError, match="activations to 4 bit as well") as caught:
+        model.save_pretrained_merged(tmp_path / "other", save_method="nvfp4")
+    assert "nvfp4a16" in caught.value.fix
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("method", ["merged_8bit", "16bit", "", "Lora"])
 def test_unknown_save_methods_list_the_valid_ones(base: Path, method: str, tmp_path: Path) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(ConfigError, match="save_method is") as caught:
         model.save_pretrained_merged(tmp_path / "merged", save_method=method)
-    assert (
-        "merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, adapter, lora" in caught.value.fix
-    )
+    listed = "merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, nvfp4a16, adapter, lora"
+    assert listed in caught.value.fix
     assert not (tmp_path / "merged").exists()
 
 

@@ -20,7 +20,7 @@ from pronghorn.adapters.origin import changed_weights, origin_of
 from pronghorn.adapters.save import save_adapter
 from pronghorn.adapters.targets import resolve_targets
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
-from pronghorn.export.formats import FORMATS, unknown_format
+from pronghorn.export.formats import format_of_method
 from pronghorn.export.onto import MergeFormat, Onto
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
@@ -414,14 +414,19 @@ def _save_pretrained_merged(
     overwrite: bool = False,
     onto: Onto = "decoded",
     rows: str | Path | None = None,
+    calibrate: str | Path | None = None,
+    calibrate_python: str | Path | None = None,
     **other: Any,
 ) -> Any:
-    """Write the base files with the adapter merged in ("merged_16bit"; quantised: "w4a16", "w8a8", "fp8"), or
-    the adapter: as it is ("lora"), or so that vLLM, llama.cpp and PEFT read it alike ("adapter").
+    """Write the base files with the adapter merged in ("merged_16bit"; quantised: "w4a16", "w8a8", "fp8",
+    "nvfp4a16"), or the adapter: as it is ("lora"), or so that vLLM, llama.cpp and PEFT read it alike
+    ("adapter").
 
     The merge goes from files to files and is verified in a fresh process; what was done, and what was lost in
     rounding, is printed and returned. ``overwrite`` replaces a folder. Of a base in 4-bit: ``onto`` says onto
     which values, and ``rows``, a file as for training, on what the drift from the trained model is measured.
+    ``calibrate``, such a file too, has GPTQ choose the codes of w4a16, by the llm-compressor of this
+    interpreter or of ``calibrate_python``.
 
     Raises:
         ConfigError, NotSupportedError: an unknown save_method or keyword.
@@ -429,12 +434,12 @@ def _save_pretrained_merged(
         ExportError: the export failed or did not verify; nothing was written.
     """
     _refuse("save_pretrained_merged", other, _SAVE_REFUSED, _save_pretrained_merged)
-    if save_method not in FORMATS:
-        message, fix = unknown_format(save_method)
-        raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
-    if save_method == "lora" and hasattr(self, "peft_config"):
+    format_ = format_of_method(save_method)
+    if format_ == "lora" and hasattr(self, "peft_config") and calibrate is None:
         return save_adapter(self, save_directory, tokenizer=tokenizer)
-    return _export(self, save_directory, tokenizer, MergeFormat(save_method, onto), overwrite, rows)
+    places = (Path(one) if one is not None else None for one in (calibrate, calibrate_python))
+    wanted = MergeFormat(format_, onto, None, *places)
+    return _export(self, save_directory, tokenizer, wanted, overwrite, rows)
 
 
 def _export(
@@ -579,10 +584,8 @@ def _push_to_hub_merged(
     arguments are those of ``push_to_hub``, and errors those of both.
     """
     push = _push("push_to_hub_merged", repo_id, asked, _push_to_hub_merged)
-    if save_method not in FORMATS:
-        message, fix = unknown_format(save_method)
-        raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
-    return _export(self, save_directory, tokenizer, MergeFormat(save_method, onto), push.overwrite, push=push)
+    wanted = MergeFormat(format_of_method(save_method), onto)
+    return _export(self, save_directory, tokenizer, wanted, push.overwrite, push=push)
 
 
 def _push(call: str, repo: str, asked: dict[str, Any], function: Any) -> Push:

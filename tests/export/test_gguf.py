@@ -135,7 +135,7 @@ def test_an_adapter_is_merged_in_and_verified(adapter: Path, tmp_path: Path) -> 
     export(adapter, tmp_path / "merged", verify=False)
     report = export(adapter, tmp_path / "out", format="gguf-bf16")
     assert report.verified
-    assert {"logits equal base + adapter", "the file is whole"} <= {name for name, _ in report.checks}
+    assert {"logits equal base + adapter", "the file is whole"} <= {row.name for row in report.checks}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model-BF16.gguf", "Modelfile"}
     export(tmp_path / "merged", tmp_path / "again", format="gguf-bf16")
     first, second = (tensors(tmp_path / name / "model-BF16.gguf") for name in ("out", "again"))

@@ -139,7 +139,7 @@ def test_merged_again_in_4_bit(tmp_path: Path, kind: str, method: str) -> None:
         trained(adapter, base)
     report = export(adapter, tmp_path / "any-name", format=method)
     assert report.verified is True
-    assert any("vllm-bnb-plugin" in line for line in report.warnings)
+    assert any("vllm-bnb-plugin, export w4a16" in line for line in report.warnings)
     export(adapter, tmp_path / "merged", verify=False)
     merged = tensors(tmp_path / "merged")
     theirs, info = AutoModelForCausalLM.from_pretrained(

@@ -135,8 +135,8 @@ def test_formats_are_checked_first() -> None:
         export("nowhere", "nowhere", format="16bit")
     assert (
         caught.value.fix
-        == "choose one of merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, adapter, lora, "
-        "gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_k_m, gguf-lora"
+        == "choose one of merged_16bit, merged_4bit, merged_4bit_forced, w4a16, w8a8, fp8, nvfp4, adapter, "
+        "lora, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q4_k_m, gguf-lora"
     )
 
 
@@ -195,7 +195,7 @@ def test_the_lora_format_is_the_adapter_and_a_tokenizer(made: tuple[Path, Path],
 def test_a_verified_export_lists_its_checks(made: tuple[Path, Path], tmp_path: Path) -> None:
     report = export(made[1], tmp_path / "merged")
     assert report.verified is True and len(report.checks) > 10
-    assert not any(".staging-" in detail for _, detail in report.checks)
+    assert not any(".staging-" in row.detail for row in report.checks)
 
 
 def test_an_export_that_breaks_a_promise_does_not_appear(

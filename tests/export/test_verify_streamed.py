@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pronghorn.export import verify_deep, verify_model, verify_streamed
+from pronghorn.export.run import export
+from pronghorn.export.verify_decode import QUALITY
 from pronghorn.export.verify_deep import GREEDY, LOGITS, MOVES, RUNS, compute_promises
 from pronghorn.export.verify_folder import Row
 from tests import tiny
@@ -133,3 +135,20 @@ def test_least_memory_is_that_of_the_largest_module(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(verify_model, "available_bytes", lambda: 1000)
     rows = {row.name: row for row in compute_promises(base.path, None, None)}
     assert rows[RUNS].ok is None and "module by module needs 1.1 GB" in rows[RUNS].detail
+
+
+@pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "w4a16"), ("llama", "nvfp4")])
+def test_the_price_of_quantising_is_measured_where_no_model_fits(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, family)
+    export(case.adapter, tmp_path / "coded", format=name, verify=False)
+    monkeypatch.setattr(verify_model.Whole, "new_tokens", verify_streamed.NEW_TOKENS)
+    whole = case.rows(tmp_path / "coded")[QUALITY]
+    monkeypatch.setattr(verify_model, "needed_bytes", lambda _: 1 << 60)
+    streamed = case.rows(tmp_path / "coded")[QUALITY]
+    assert streamed.ok and streamed.detail.endswith("weights read module by module")
+    assert [what for what, _, _ in streamed.figures][:2] == ["perplexity", "KL, nats a token"]
+    (_, _, ours), (_, _, theirs) = streamed.figures[1], whole.figures[1]
+    assert float(ours) == pytest.approx(float(theirs), rel=0.02)
+    assert streamed.figures[3] == whole.figures[3]

@@ -65,6 +65,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "export.verify_in_llama",
     ),
     "gguf": ("export.gguf_run", "export.gguf_write"),
+    "llmcompressor": ("export.calibrate_engine",),
     "llama_cpp": ("export.gguf_engine", "export.verify_in_llama"),
     "tokenizers": ("data.isolated",),
     "jinja2": ("data.opaque", "export.gguf_ollama", "export.verify_render"),

@@ -27,7 +27,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="merged_16bit; w4a16, w8a8 or fp8 (quantised); gguf-q8_0, gguf-q4_k_m, ..., gguf-lora; "
+            help="merged_16bit; w4a16, w8a8, fp8, nvfp4 (quantised); gguf-q8_0, gguf-q4_k_m, ..., gguf-lora; "
             "adapter (portable); lora (as it is).",
         ),
     ] = "merged_16bit",
@@ -40,6 +40,15 @@ def export(
     llama_python: Annotated[
         Path | None,
         typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows, as for training, on which GPTQ (llm-compressor) chooses the codes of w4a16."
+        ),
+    ] = None,
+    calibrate_python: Annotated[
+        Path | None, typer.Option(help="The Python that has llmcompressor, where it is not this one.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder (and what REPO holds).")
@@ -63,7 +72,7 @@ def export(
 
     if private and push is None:
         raise ConfigError("--private is for a repository, and --push names none", fix="add --push REPO")
-    wanted = MergeFormat(format_, onto, llama_python)  # type: ignore[arg-type]  # it checks itself
+    wanted = MergeFormat(format_, onto, llama_python, calibrate, calibrate_python)  # type: ignore[arg-type]
 
     def write(watch: Watch) -> ExportReport:
         return run(
@@ -82,8 +91,10 @@ def export(
     print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
     if report.checks:
         print_table(
-            "verified", ("promise", "kept", "detail"), ((name, True, told) for name, told in report.checks)
+            "verified", ("promise", "kept", "detail"), ((row.name, True, row.detail) for row in report.checks)
         )
+    if report.quality:
+        print_table("what quantising cost", ("measure", "base + adapter", report.format), report.quality)
     if report.onto is not None:
         _print_drift(report, onto)
     _print_llama_cpp(report) if report.format.startswith("gguf-") else _print_serving(report)

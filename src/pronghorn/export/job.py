@@ -11,6 +11,7 @@ from pronghorn.errors import VerificationError
 from pronghorn.export.merged import Progress
 from pronghorn.export.onto import Onto
 from pronghorn.export.verify import verify as check
+from pronghorn.export.verify_folder import Row
 from pronghorn.sources.source import Source
 
 # marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named
@@ -58,9 +59,7 @@ class Job:
         return next((place for place in named if (place / TOKENIZER_FILES[1]).is_file()), places[0])
 
 
-def verified(
-    job: Job, staging: Path, *, against: Path | None, deep: bool | None = None
-) -> tuple[tuple[str, str], ...]:
+def verified(job: Job, staging: Path, *, against: Path | None, deep: bool | None = None) -> tuple[Row, ...]:
     """Check the staged folder, the deep part in a fresh process; a broken promise keeps it from appearing.
 
     Raises:
@@ -70,7 +69,7 @@ def verified(
     report = check(staging, deep=deep, against=against, base=job.base.path, onto=job.onto)
     failure = report.first_failure
     if failure is None:
-        return tuple((row.name, row.detail) for row in report.rows)
+        return report.rows
     detail = failure.detail.replace(str(staging), str(job.named))
     if failure.ok is None:
         raise VerificationError(

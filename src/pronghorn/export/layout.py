@@ -30,7 +30,7 @@ class OutputTensor:
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
         """Everything that is written for this tensor, in the file's order."""
-        parts = (self.entry, self.coded.scale, self.coded.shape) if self.coded else (self.entry,)
+        parts = (self.entry, self.coded.scale, self.coded.once) if self.coded else (self.entry,)
         return tuple(part for part in parts if part is not None)
 
 

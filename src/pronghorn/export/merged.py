@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ import torch
 
 from pronghorn.adapters.merge import FactorCache, merge_rows, tiles
 from pronghorn.errors import ExportError
-from pronghorn.export.codes import Coded, encode
+from pronghorn.export.codes import Coded, encode, scale_divisor
 from pronghorn.export.layout import OutputShard, OutputTensor
 from pronghorn.export.plan import Change
 from pronghorn.weights.reader import TORCH_DTYPES, read_rows
@@ -119,6 +119,38 @@ def write_shards(
     return writer.counts
 
 
+def with_divisors(shards: tuple[OutputShard, ...], adapter: Shard) -> tuple[OutputShard, ...]:
+    """NVFP4's divisors, worked out from the merged weights: one for all weights of a parent module.
+
+    Engines make one matrix of its children (q, k and v; gate and up) and take one divisor for it.
+    """
+    writer = _Writer(FactorCache(adapter), MergeCounts())
+    jobs = [job for shard in shards for job in writer.jobs(shard) if isinstance(job, _Merge)]
+    jobs = [job for job in jobs if job.tensor.coded]
+    found: dict[str, float] = {}
+    pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+    with _one_thread(), pool as workers:
+        for job, largest in zip(jobs, workers.map(_Merge.largest, jobs), strict=True):
+            parent = _parent(job.tensor)
+            found[parent] = max(found.get(parent, 0.0), largest)
+    divisors = {parent: scale_divisor(largest) for parent, largest in found.items()}
+    return tuple(
+        replace(shard, tensors=tuple(_divided(tensor, divisors) for tensor in shard.tensors))
+        for shard in shards
+    )
+
+
+def _divided(tensor: OutputTensor, divisors: Mapping[str, float]) -> OutputTensor:
+    if tensor.coded is None:
+        return tensor
+    return replace(tensor, coded=replace(tensor.coded, divisor=divisors[_parent(tensor)]))
+
+
+def _parent(tensor: OutputTensor) -> str:
+    """The module above the one that owns a weight: ``model.layers.0.mlp`` of its ``up_proj.weight``."""
+    return tensor.base[1].name.rsplit(".", 2)[0]
+
+
 def _create(path: Path, shard: OutputShard) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     os.truncate(descriptor, shard.size)
@@ -148,7 +180,7 @@ class _Writer:
         run: list[OutputTensor] = []
         for tensor in shard.tensors:
             if tensor.change is None:
-                if run and run[-1].base[1].end != tensor.base[1].start:
+                if run and not _adjacent(run[-1], tensor):
                     yield from _copies(run)
                     run = []
                 run.append(tensor)
@@ -159,6 +191,11 @@ class _Writer:
             for first in range(0, len(pieces), _JOB_TILES):
                 yield _Merge(self, tensor, tensor.change, pieces[first : first + _JOB_TILES])
         yield from _copies(run)
+
+
+def _adjacent(one: OutputTensor, other: OutputTensor) -> bool:
+    (file, entry), (next_file, next_entry) = one.base, other.base
+    return file.path == next_file.path and entry.end == next_entry.start
 
 
 def _copies(run: list[OutputTensor]) -> Iterator[Callable[[int], int]]:
@@ -217,15 +254,16 @@ class _Merge:
         return written
 
     def _write_codes(self, target: int, coded: Coded, exact: torch.Tensor, first: int) -> int:
-        """Write codes and scales of some float32 rows (and the shape, with the first)."""
-        codes, scale = encode(exact, coded.scheme, TORCH_DTYPES[coded.scale.dtype])
+        """Write codes and scales of some float32 rows (and what the tensor has once, with the first)."""
+        codes, scale = encode(exact, coded.scheme, TORCH_DTYPES[coded.scale.dtype], coded.divisor)
         parts = [(self.tensor.entry, codes), (coded.scale, scale.view(torch.uint8))]
-        if coded.shape and first == 0:
-            parts.append((coded.shape, torch.tensor([self.change.shape]).view(torch.uint8)))
+        if coded.once and first == 0:
+            once = [coded.divisor] if coded.scheme.two_scales else self.change.shape
+            parts.append((coded.once, torch.tensor([once], dtype=TORCH_DTYPES[coded.once.dtype])))
         written = 0
         for entry, data in parts:
             place = entry.start + first * (entry.nbytes // entry.shape[0])
-            written += write_all(target, data.contiguous().numpy().data.cast("B"), place)
+            written += write_all(target, data.contiguous().view(torch.uint8).numpy().data.cast("B"), place)
         return written
 
     def _check_range(self, merged: torch.Tensor) -> None:
@@ -236,6 +274,12 @@ class _Merge:
                 f"{self.tensor.entry.name} would hold values beyond {self.tensor.entry.dtype}, or NaN",
                 fix="merge into the bfloat16 version of the base",
             )
+
+    def largest(self) -> float:
+        """The largest magnitude in these tiles, merged but not rounded."""
+        columns = _matrix(self.change.shape)[1]
+        found = (self._tile(self._base_rows(*rows), *rows, columns).abs().amax() for rows in self.pieces)
+        return max(map(float, found))
 
     def _base_rows(self, first: int, last: int) -> torch.Tensor:
         """The base's rows; fewer (or none) where the vocabulary was resized beyond them."""

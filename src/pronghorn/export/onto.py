@@ -31,15 +31,24 @@ class MergeFormat:
 
     ``onto`` "decoded": the values the adapter was trained on; "original": the 16-bit values they came from.
     ``llama_python``: the interpreter that has llama_cpp, for the GGUF formats that its quantiser makes.
+    ``calibrate``: a file of rows, as for training, on which GPTQ chooses the codes of w4a16;
+    ``calibrate_python``: the interpreter that has llmcompressor, where it is not this one.
     """
 
     name: str = "merged_16bit"
     onto: Onto = "decoded"
     llama_python: Path | None = None
+    calibrate: Path | None = None
+    calibrate_python: Path | None = None
 
     def __post_init__(self) -> None:
         if self.onto not in get_args(Onto):
             raise ConfigError(f"onto is {self.onto!r}", fix=f"use {' or '.join(get_args(Onto))}")
+        if self.calibrate_python is not None and self.calibrate is None:
+            raise ConfigError(
+                "calibrate_python is given, and no rows to calibrate on",
+                fix="give calibrate (--calibrate ROWS)",
+            )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pronghorn.weights.shards import LENGTH_BYTES, Shard
 
 NOTE = (
     "written in NF4: rounding the merged weights to 4 bits costs more than the adapter may have gained; "
-    "current vLLM reads this format only with vllm-bnb-plugin, serve merged_16bit there"
+    "current vLLM reads this format only with vllm-bnb-plugin, export w4a16 for it"
 )
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ from pronghorn.weights.folder import WeightFolder
 from pronghorn.weights.shards import TensorEntry
 
 _USE_16 = "use merged_16bit; vLLM can quantise that as it loads it"
+# transformers 5 stacks the experts of a mixture as it reads them, and only decodes these two on the way
+_MIXTURE_FORMATS = ("w4a16", "fp8")
+_MIXTURES = ("mixtral", "qwen3_moe")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Quantisation:
     def told(self) -> str:
         """One line for the report."""
         per = f"group of {self.scheme.group}" if self.scheme.group else "row"
-        kept = ", ".join(self.ignore[:3]) or "none"
+        twins = Counter(_NUMBER.sub(".*.", name) for name in self.ignore)
+        kept = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in twins.items()) or "none"
         number = f"{self.scheme.bits}-bit {self.scheme.kind}"
         return f"{len(self.coded)} linear layers as {number}, one scale per {per}; left in 16 bit: {kept}"
 
@@ -50,26 +59,49 @@ def plan_quantisation(
     Raises:
         NotSupportedError: a model of a kind that is not proven, or a shape no kernel takes.
     """
-    if any(".experts." in one for one in weights.tensors):
-        raise NotSupportedError(f"{name} of a mixture of experts is not proven in an engine", fix=_USE_16)
     if isinstance(config.get("text_config"), Mapping):
         raise NotSupportedError(f"{name} of a multimodal model is not proven in an engine", fix=_USE_16)
-    coded, ignore, widths = set(), [], set()
+    experts = [file for file in weights.tensors if ".experts." in file]
+    if experts:
+        _check_mixture(name, str(config.get("model_type")), [weights.tensors[one][1] for one in experts])
+    coded = {file for file in experts if file.endswith(".weight")}
+    ignore: list[str] = []
     for module, found in class_modules(base).items():
-        if found.kind != "Linear":
-            continue
         file = keymap.find(f"{module}.weight", weights.tensors)
-        if ".layers." not in module or file is None:
+        if module.rpartition(".")[2] in _ROUTERS:
+            stored = file.removesuffix(".weight") if file else module
+            ignore += dict.fromkeys((module, stored))  # engines differ in whose name they look for
+        elif found.kind == "Linear" and (".layers." not in module or file is None):
             ignore.append(module)
-            continue
-        dtype = weights.tensors[file][1].dtype
-        if dtype not in MERGEABLE:
-            raise NotSupportedError(f"{file} of the base is {dtype}", fix="use the 16-bit base")
-        coded.add(file)
-        widths.add(found.shape[1])
+        elif found.kind == "Linear" and file is not None:
+            coded.add(file)
     if not coded:
         raise NotSupportedError(f"{config.get('model_type')} has no linear layers to quantise", fix=_USE_16)
-    return Quantisation(choose_scheme(name, widths), frozenset(coded), tuple(ignore))
+    entries = [weights.tensors[file][1] for file in sorted(coded)]
+    for entry in entries:
+        if entry.dtype not in MERGEABLE:
+            raise NotSupportedError(f"{entry.name} of the base is {entry.dtype}", fix="use the 16-bit base")
+    scheme = choose_scheme(name, (entry.shape[1] for entry in entries))
+    return Quantisation(scheme, frozenset(coded), tuple(ignore))
+
+
+def _check_mixture(name: str, kind: str, experts: list[TensorEntry]) -> None:
+    if name not in _MIXTURE_FORMATS:
+        raise NotSupportedError(
+            f"{name} of a mixture of experts: transformers does not read such experts, nor 16-bit ones "
+            "beside other layers that are quantised so",
+            fix=f"use {' or '.join(_MIXTURE_FORMATS)}, or merged_16bit",
+        )
+    stacked = next((entry.name for entry in experts if len(entry.shape) == 3), None)
+    if stacked is not None:
+        raise NotSupportedError(
+            f"{stacked} holds all experts of a layer, and {name} has codes for each of its own", fix=_USE_16
+        )
+    if kind not in _MIXTURES:
+        known = " and ".join(_MIXTURES)
+        raise NotSupportedError(
+            f"{name} of a mixture of experts is proven for {known} only, this is {kind}", fix=_USE_16
+        )
 
 
 def lay_out_codes(shards: tuple[OutputShard, ...], plan: Quantisation) -> tuple[OutputShard, ...]:
@@ -78,16 +110,15 @@ def lay_out_codes(shards: tuple[OutputShard, ...], plan: Quantisation) -> tuple[
 
 
 def _shard(shard: OutputShard, plan: Quantisation) -> OutputShard:
-    entries: list[TensorEntry] = []
-    owners: list[int] = []
-    for number, tensor in enumerate(shard.tensors):
-        parts = _parts(tensor.entry, plan.scheme) if tensor.entry.name in plan.coded else [tensor.entry]
-        entries += parts
-        owners += [number] * len(parts)
-    prefix, placed = write_header({"format": "pt"}, entries)
+    parts = [
+        parts_of(tensor.entry, plan.scheme) if tensor.entry.name in plan.coded else [tensor.entry]
+        for tensor in shard.tensors
+    ]
+    prefix, placed = write_header({"format": "pt"}, [one for each in parts for one in each])
+    entries = iter(placed)
     tensors = []
-    for number, tensor in enumerate(shard.tensors):
-        entry, *rest = [one for one, owner in zip(placed, owners, strict=True) if owner == number]
+    for tensor, each in zip(shard.tensors, parts, strict=True):
+        entry, *rest = islice(entries, len(each))
         if rest:
             coded = Coded(plan.scheme, rest[0], rest[1] if len(rest) > 1 else None)
             change = tensor.change or Change(tensor.entry.shape)
@@ -97,13 +128,18 @@ def _shard(shard: OutputShard, plan: Quantisation) -> OutputShard:
     return OutputShard(shard.name, prefix, tuple(tensors))
 
 
-def _parts(entry: TensorEntry, scheme: Scheme) -> list[TensorEntry]:
+def parts_of(entry: TensorEntry, scheme: Scheme) -> list[TensorEntry]:
+    """What is written for a weight of ``scheme``: codes, scales, and what the tensor has once."""
     rows, columns = entry.shape
     module = entry.name.removesuffix("weight")
-    width = columns // 8 if scheme.bits == 4 else columns
-    codes = replace(entry, name=module + scheme.suffix, dtype=scheme.dtype, shape=(rows, width))
+    codes = replace(
+        entry, name=module + scheme.suffix, dtype=scheme.dtype, shape=(rows, columns // scheme.width)
+    )
     groups = columns // scheme.group if scheme.group else 1
-    parts = [codes, replace(entry, name=module + "weight_scale", shape=(rows, groups))]
+    scale = replace(entry, name=module + "weight_scale", shape=(rows, groups))
+    if scheme.two_scales:
+        divisor = replace(entry, name=module + "weight_global_scale", dtype="F32", shape=(1,))
+        return [codes, replace(scale, dtype="F8_E4M3"), divisor]
     if scheme.bits == 4:
-        parts.append(replace(entry, name=module + "weight_shape", dtype="I64", shape=(2,)))
-    return parts
+        return [codes, scale, replace(entry, name=module + "weight_shape", dtype="I64", shape=(2,))]
+    return [codes, scale]

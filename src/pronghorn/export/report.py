@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pronghorn.export.merged import MergeCounts
+from pronghorn.export.verify_folder import Row
 
 # below this share of changed elements most of an update is smaller than the stored dtype can hold
 _LOST_SHARE = 0.5
@@ -39,16 +40,22 @@ class ExportReport:
     trained_on: Path | None = None
     """the 4-bit base of the training, where ``base`` is the 16-bit model it was made from"""
     verified: bool | None = None
-    checks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    checks: tuple[Row, ...] = field(default=(), repr=False)
+
+    @property
+    def quality(self) -> tuple[tuple[str, str, str], ...]:
+        """What was measured of a quantised folder: its name, the value of base + adapter, the folder's."""
+        return tuple(figures for row in self.checks for figures in row.figures)
 
     def __str__(self) -> str:
-        """One line, and one for each warning."""
+        """One line, and one for each warning and figure."""
         done = f"{self.format} on {self.base} written to {self.folder}"
         share = "" if self.changed_share is None else f", {self.changed_share:.1%} of their elements changed"
         merged = f"{self.tensors_merged} tensors merged{share}, {self.tensors_copied} copied"
         checked = f"verified ({len(self.checks)} checks)" if self.verified else "not verified"
         onto = [self.onto] if self.onto else []
         lines = [f"{done}: {merged}; {checked}", *onto, *(f"warning: {warning}" for warning in self.warnings)]
+        lines += [f"  {name:<18}{before:>12} -> {after}" for name, before, after in self.quality]
         return "\n".join(lines)
 
 

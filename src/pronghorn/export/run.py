@@ -16,12 +16,13 @@ from pathlib import Path
 from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
 from pronghorn.adapters.tokenizer_files import CONFIG, TOKENIZER_FILES, FolderEdits
 from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError, PronghornError
+from pronghorn.export.calibrated import CalibratedJob, write_calibrated
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
 from pronghorn.export.formats import QUANTISED, gguf_kinds, unknown_format
 from pronghorn.export.gguf_run import GgufJob, write_gguf
 from pronghorn.export.job import SUBFOLDER, Job, Watch, verified
 from pronghorn.export.layout import OutputShard, lay_out
-from pronghorn.export.merged import Progress, write_shards, zero_updates
+from pronghorn.export.merged import Progress, with_divisors, write_shards, zero_updates
 from pronghorn.export.onto import MergeFormat, base_weights
 from pronghorn.export.original import original_of
 from pronghorn.export.packed import NOTE, write_packed
@@ -61,12 +62,12 @@ def export(
     Args:
         adapter: The adapter's folder or hub id.
         target: The folder to write; it appears only when complete (and verified).
-        format: "merged_16bit", the base with the adapter merged in; "w4a16", "w8a8" or "fp8", the same
-            quantised for vLLM and transformers (compressed-tensors); "merged_4bit", the same in bitsandbytes'
-            NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read alike; "lora",
-            the adapter as it is and its tokenizer; "gguf-q8_0" and so on, files for llama.cpp and Ollama
-            (``adapter`` may then be a whole model). A MergeFormat also says onto which values of a 4-bit
-            base.
+        format: "merged_16bit", the base with the adapter merged in; "w4a16", "w8a8", "fp8" or "nvfp4", the
+            same quantised for vLLM and transformers (compressed-tensors); "merged_4bit", the same in
+            bitsandbytes' NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read
+            alike; "lora", the adapter as it is and its tokenizer; "gguf-q8_0" and so on, files for llama.cpp
+            and Ollama (``adapter`` may then be a whole model). A MergeFormat also says onto which values of a
+            4-bit base, and on which rows to calibrate.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -107,11 +108,16 @@ def _writer(wanted: MergeFormat) -> tuple[Callable[[Job], ExportReport], bool]:
     kinds = gguf_kinds(wanted.name)
     if wanted.llama_python is not None and kinds is None:
         raise ConfigError(f"llama_python does nothing for the format {wanted.name}", fix="leave it out")
+    if wanted.calibrate is not None and kinds is not None:
+        raise ConfigError(f"calibrate does nothing for the format {wanted.name}", fix="leave it out")
     if kinds is not None:
         return lambda job: write_gguf(GgufJob(job, kinds, wanted.llama_python, _merged)), True
     if wanted.name not in _FORMATS:
         message, fix = unknown_format(wanted.name)
         raise NotSupportedError(message, fix=fix)
+    if wanted.calibrate is not None:
+        name, rows, python = wanted.name, wanted.calibrate, wanted.calibrate_python
+        return lambda job: write_calibrated(CalibratedJob(job, name, rows, python, _merged)), False
     return _FORMATS[wanted.name], False
 
 
@@ -157,6 +163,8 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     zero = _check_values(plan)
     codes = plan_quantisation(quantised, weights, job.base.config, job.base.path) if quantised else None
     shards = lay_out(plan) if codes is None else lay_out_codes(lay_out(plan), codes)
+    if codes is not None and codes.scheme.two_scales:
+        shards = with_divisors(shards, adapter.shard)
     edits = merged_files(
         job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
     )

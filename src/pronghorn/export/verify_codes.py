@@ -9,21 +9,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.export.verify_folder import Finding, Folder, Tensor, promise, verdict
+from pronghorn.export.verify_folder import FLOATS, Finding, Folder, Tensor, promise, verdict
 
-_LAYOUTS = {"pack-quantized": (4, "int"), "int-quantized": (8, "int"), "float-quantized": (8, "float")}
-_CODES = {(4, "int"): "I32", (8, "int"): "I8", (8, "float"): "F8_E4M3"}
+_LAYOUTS = {
+    "pack-quantized": (4, "int"), "nvfp4-pack-quantized": (4, "float"),
+    "int-quantized": (8, "int"), "float-quantized": (8, "float"),
+}  # fmt: skip
+_CODES = {(4, "int"): "I32", (4, "float"): "U8", (8, "int"): "I8", (8, "float"): "F8_E4M3"}
+_GROUPED = ("group", "tensor_group")
+_PER_CODE = {"I32": 8, "U8": 2}  # weights in one element
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "weight")
+_WITHOUT = {
+    "weight_shape": "transformers fails",
+    "weight_global_scale": "engines read scales that are too large",
+}
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A quantised weight: ``shape`` [out, in] of the weight, its codes and scales, bits and kind."""
+    """A quantised weight: ``shape`` [out, in] of the weight, its codes and scales, bits and kind.
+
+    ``divisor``: what NVFP4's scales are divided by.
+    """
 
     shape: tuple[int, ...]
     codes: Tensor
     scale: Tensor
     bits: int
     kind: str
+    divisor: Tensor | None = None
 
 
 def settings(folder: Folder) -> dict[str, Any]:
@@ -31,6 +45,12 @@ def settings(folder: Folder) -> dict[str, Any]:
     found = folder.config.get("quantization_config")
     right = isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
     return found if isinstance(found, dict) and right else {}
+
+
+def is_calibrated(folder: Folder) -> bool:
+    """Whether GPTQ chose the codes: it states in which order of columns, and nothing else does."""
+    groups = (settings(folder).get("config_groups") or {}).values()
+    return any((group.get("weights") or {}).get("actorder") for group in groups)
 
 
 def coded(folder: Folder) -> dict[str, Coded]:
@@ -43,18 +63,24 @@ def coded(folder: Folder) -> dict[str, Coded]:
         module = name.removesuffix("weight_scale")
         codes = folder.tensors.get(module + ("weight_packed" if bits == 4 else "weight"))
         if codes is not None and len(codes.shape) == 2:
-            width = codes.shape[1] * (8 if bits == 4 else 1)
-            found[f"{module}weight"] = Coded((codes.shape[0], width), codes, scale, bits, kind)
+            shape = (codes.shape[0], codes.shape[1] * _PER_CODE.get(codes.dtype, 1))
+            divisor = folder.tensors.get(module + "weight_global_scale")
+            found[f"{module}weight"] = Coded(shape, codes, scale, bits, kind, divisor)
     return found
 
 
 def plain_tensors(folder: Folder) -> Mapping[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every weight by its name before quantisation (a coded one has its scales' dtype)."""
+    """Shape and dtype of every weight by its name before quantisation.
+
+    A coded one has its scales' dtype, or that of the weights beside it where scales are FP8.
+    """
     weights = coded(folder)
-    parts = {name.removesuffix("weight") + part for name in weights
-             for part in ("weight_packed", "weight_scale", "weight_shape", "weight")}  # fmt: skip
+    parts = {name.removesuffix("weight") + part for name in weights for part in _PARTS}
     plain = {n: (tensor.shape, tensor.dtype) for n, tensor in folder.tensors.items() if n not in parts}
-    return {**plain, **{name: (one.shape, one.scale.dtype) for name, one in weights.items()}}
+    beside = next((dtype for shape, dtype in plain.values() if len(shape) > 1), "BF16")
+    for name, one in weights.items():
+        plain[name] = one.shape, one.scale.dtype if one.scale.dtype in FLOATS else beside
+    return plain
 
 
 @promise("every quantised weight has all its parts")
@@ -94,8 +120,9 @@ def _part_problems(folder: Folder, layout: tuple[int, str]) -> list[str]:
         packed = part == "weight_packed" or (part == "weight" and tensor.dtype == _CODES[layout])
         if packed and f"{module}.weight_scale" not in names:
             problems.append(f"{module}.weight_scale is missing: vLLM would answer NaN")
-        if part == "weight_packed" and f"{module}.weight_shape" not in names:
-            problems.append(f"{module}.weight_shape is missing: transformers fails")
+        once = "weight_global_scale" if layout == (4, "float") else "weight_shape"
+        if part == "weight_packed" and f"{module}.{once}" not in names:
+            problems.append(f"{module}.{once} is missing: {_WITHOUT[once]}")
         if part == "weight_scale":
             codes = names.get(f"{module}.weight_packed" if layout[0] == 4 else f"{module}.weight")
             if codes is None or codes.dtype != _CODES[layout]:
@@ -105,7 +132,9 @@ def _part_problems(folder: Folder, layout: tuple[int, str]) -> list[str]:
 
 def _shape_problems(folder: Folder, config: Mapping[str, Any]) -> list[str]:
     groups = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
-    size = next((weights.get("group_size") for weights in groups if weights.get("strategy") == "group"), None)
+    size = next(
+        (weights.get("group_size") for weights in groups if weights.get("strategy") in _GROUPED), None
+    )
     problems = []
     for name, one in coded(folder).items():
         columns = one.shape[1] // size if isinstance(size, int) and size > 0 else 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import transformers
 from pronghorn.export import verify_model, verify_quant
 from pronghorn.export.verify_class import class_agrees
 from pronghorn.export.verify_codes import settings
-from pronghorn.export.verify_decode import QUALITY, load_decoded, quality, size_told
+from pronghorn.export.verify_decode import QUALITY, DecodedWeights, load_decoded, quality, sizes
 from pronghorn.export.verify_folder import Folder, Row, verdict
 from pronghorn.export.verify_loss import LOSS, Losses, Rows, loss_row, read_rows, token_losses
 from pronghorn.export.verify_model import Answer, Whole
@@ -171,10 +171,8 @@ def _against(view: Folder, adapter: Path, base: Folder, rows: Rows | None) -> It
         yield keys
         if not settings(view):
             yield from _judge(view, base, Questions(Folder(home), rows), truth, ways)
-        elif isinstance(ways, Whole):
-            yield _attempt(QUALITY, lambda: _quality(view, base, truth, rows))
         else:
-            yield Row(QUALITY, None, _need(base))
+            yield _attempt(QUALITY, lambda: _quality(view, base, truth, rows, ways))
 
 
 @contextmanager
@@ -247,18 +245,25 @@ def _judge(view: Folder, base: Folder, asked: Questions, truth: Truth, ways: Loa
         yield loss_row(truth.losses, losses, rows, REFERENCE_FACTOR)
 
 
-def _quality(view: Folder, base: Folder, truth: Truth, rows: Rows | None) -> Row:
+def _quality(view: Folder, base: Folder, truth: Truth, rows: Rows | None, ways: Loader) -> Row:
     """The decoded weights beside base + adapter; the adapter's own effect says what the loss is worth."""
-    model = load_decoded(view, base.path)
+    if isinstance(ways, Streamed):
+        model = ways.decoded(base.path, DecodedWeights(view))
+    else:
+        model = load_decoded(view, base.path)
     ids = tuple(answer.ids for answer in truth.answers)
     found = tuple(verify_model.logits(model, each) for each in ids)
     lost = distance(truth.logits, found).rms
     told = f"quantising moves the logits by {lost:.3g}, the adapter by {truth.signal.rms:.3g} (rms)"
     told += ": more than the adapter did" if lost > truth.signal.rms else ""
+    figures = [sizes(view, base)]
     if truth.losses is not None and rows is not None:
-        before, after = float(truth.losses.truth.mean()), float(token_losses(model, rows).mean())
-        told += f"; loss of the rows {before:.6g} -> {after:.6g} nats per token"
-    return quality(truth.logits, found, ids, f"{told}; {size_told(view, base)}")
+        losses = truth.losses.truth, token_losses(model, rows)
+        before, after = (f"{float(each.mean()):.6g}" for each in losses)
+        figures.append(("loss of the rows", before, after))
+        told += f"; loss of the rows {before} -> {after} nats per token"
+    row = quality(truth.logits, found, ids, f"{told}{ways.told}")
+    return replace(row, figures=(*row.figures, *figures)) if row.figures else row
 
 
 def logits_row(gap: Gap, truth: Truth) -> Row:

@@ -97,6 +97,7 @@ _INDEX = "pronghorn verify DIR --fix OUT writes the index anew"
 _BOTH = "pronghorn verify DIR --fix OUT writes the settings for both generations"
 _END = "pronghorn verify DIR --fix OUT names the turn's end in generation_config.json"
 _SAY = "say which with --base"
+_ON_GPU = "serve it where there is one; elsewhere w4a16 of a dense model, or merged_16bit"
 
 _FINE = (RIGHT, RIGHT, RIGHT, RIGHT)
 _ALL_REFUSE = (REFUSED, REFUSED, REFUSED, REFUSED)
@@ -159,6 +160,9 @@ CONSEQUENCES: Mapping[str, Consequence] = {
         (RIGHT, RIGHT, REFUSED, REFUSED),
         "export with --format w4a16, which vLLM reads itself; or install vllm-bnb-plugin beside vLLM",
     ),
+    # proven by decoding only
+    "nvfp4": Consequence((RIGHT, UNCLEAR, UNCLEAR, REFUSED), _ON_GPU),
+    "quantised experts": Consequence((RIGHT, UNCLEAR, UNCLEAR, REFUSED), _ON_GPU),
     # config.json
     "no config": Consequence(_ALL_REFUSE, _BASE),
     "no architectures": Consequence(_FINE, _BASE),

@@ -41,18 +41,23 @@ class Fault:
 
 @dataclass(frozen=True)
 class Row:
-    """One promise: ``ok`` is True (kept), False (broken) or None (could not be checked: "not verified")."""
+    """One promise: ``ok`` is True (kept), False (broken) or None (could not be checked: "not verified").
+
+    ``figures``: what was measured: its name, the value before, the folder's value.
+    """
 
     name: str
     ok: bool | None
     detail: str
     faults: tuple[Fault, ...] = ()
+    figures: tuple[tuple[str, str, str], ...] = ()
 
     @staticmethod
     def of(fields: dict[str, Any]) -> Row:
         """A row from its JSON form."""
         faults = tuple(Fault(**fault) for fault in fields.get("faults", ()))
-        return Row(fields["name"], fields["ok"], fields["detail"], faults)
+        figures = tuple((one[0], one[1], one[2]) for one in fields.get("figures", ()))
+        return Row(fields["name"], fields["ok"], fields["detail"], faults, figures)
 
 
 Finding = tuple[bool | None, str] | tuple[bool | None, str, tuple[Fault, ...]]  # a row without its name

@@ -89,6 +89,20 @@ class Streamed:
         self._read_at_calls(model)
         return model
 
+    def decoded(self, base: Path, weights: Mapping[str, torch.Tensor]) -> Any:
+        """A model of the base's class, its parameters from ``weights``, each read as it is needed.
+
+        Raises:
+            ValueError: the vocabulary is not the base's.
+        """
+        model = self._open(base)
+        table = next(name for p, name in self._names.items() if p is model.get_input_embeddings().weight)
+        if weights[table].shape != model.get_input_embeddings().weight.shape:
+            raise ValueError("the adapter grows the vocabulary, which needs the whole model in memory")
+        self._weights = weights
+        self._read_at_calls(model)
+        return model
+
     def with_adapter(self, base: Path, adapter: Path) -> Any:
         """Base + adapter by plain PEFT.
 

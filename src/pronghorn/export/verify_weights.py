@@ -33,7 +33,7 @@ _PEFT = re.compile(
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _PACKED = re.compile(
-    r"\.(weight_packed|weight_scale(_inv)?|qweight|qzeros|absmax|quant_map|SCB|weight_shape)$|\.absmax\b"
+    r"\.(weight_packed|weight_(global_)?scale(_inv)?|qweight|qzeros|absmax|quant_map|SCB|weight_shape)$|\.absmax\b"
 )
 _STRAY = re.compile(
     r"^(pytorch_model.*\.(bin|json)|consolidated.*\.pth|.*\.gguf|tf_model\.h5|flax_model\.msgpack)$"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn import __version__
+from pronghorn.export.verify_folder import Row
 from pronghorn.sources.hub import CARD, read_card
 from pronghorn.sources.record import read_record
 from pronghorn.sources.resolve import ADAPTER_CONFIG, read_json
@@ -38,7 +39,7 @@ class Result:
     format: str
     adapter: Path | None
     base: Path | None
-    checks: tuple[tuple[str, str], ...]
+    checks: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
 
 
@@ -193,15 +194,16 @@ def _told_metrics(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _told_checks(result: Result) -> Iterator[str]:
-    deep = any(name.startswith("logits equal") for name, _ in result.checks)
+    deep = any(row.name.startswith("logits equal") for row in result.checks)
     how = "computing with it beside base + adapter, in a fresh process" if deep else "headers and JSON files"
     yield f"Each promise below was kept, checked by {how}."
     yield ""
     here = {str(path): path.name for path in (result.folder, result.base, result.adapter) if path is not None}
-    for name, detail in result.checks:
+    for row in result.checks:
+        detail = row.detail
         for path, short in here.items():
             detail = detail.replace(path, short)
-        yield f"- {name}: {detail}"
+        yield f"- {row.name}: {detail}"
     yield from (f"- warning: {warning}" for warning in result.warnings)
 
 

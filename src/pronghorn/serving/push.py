@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pronghorn.errors import ExportError
 from pronghorn.export.verify import verify
+from pronghorn.export.verify_folder import Row
 from pronghorn.serving.card import Result, is_empty, is_ours, model_card
 from pronghorn.serving.hub import Push, Pushed, Upload, files_of, template_lines
 from pronghorn.sources.hub import CARD
@@ -91,10 +92,10 @@ def push_export(
         ) from error
 
 
-def _checked(folder: Path) -> tuple[tuple[str, str], ...]:
+def _checked(folder: Path) -> tuple[Row, ...]:
     report = verify(folder)
     report.raise_if_broken()
-    return tuple((row.name, row.detail) for row in report.rows)
+    return report.rows
 
 
 def _finish(upload: Upload, result: Result) -> Pushed:
