@@ -42,6 +42,7 @@ def divergence(folder: Path, adapter: Path) -> float:
     """KL from the trained model (4-bit base + adapter) to a merged folder, nats a token."""
     truth, _ = load(adapter, say=None)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    merged.set_attn_implementation(truth.config._attn_implementation)  # see load: soft caps
     one = truth(input_ids=IDS).logits.float().log_softmax(-1)
     other = merged(input_ids=IDS).logits.float().log_softmax(-1)
     return float((one.exp() * (one - other)).sum(-1).mean())

@@ -114,6 +114,14 @@ def test_attention_that_is_not_installed_is_named() -> None:
         use_attention(tiny.model("llama"), "flash_attention_2")
 
 
+def test_attention_without_the_models_soft_cap_is_refused() -> None:
+    """By transformers from 5.23 on; before, its ``sdpa`` takes the cap and leaves it out."""
+    with pytest.raises(
+        NotSupportedError, match=r"training\.attention is sdpa, which leaves|does not support"
+    ):
+        use_attention(tiny.model("gemma2"), "sdpa")
+
+
 @pytest.mark.parametrize("name", ["sdpa", "eager", "auto"])
 def test_attention_of_transformers(name: str) -> None:
     model = tiny.model("llama")

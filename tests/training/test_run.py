@@ -256,11 +256,14 @@ def test_a_bar_on_a_terminal(make_config: MakeConfig, monkeypatch: pytest.Monkey
 
 def test_the_accelerated_run_is_the_plain_run(make_config: MakeConfig) -> None:
     lora = {"r": 4, "dropout": 0.0}
-    fast, plain = (
-        train(make_config(str(on), lora=lora, training={"accelerate": on})) for on in (True, False)
+    settings = {"fast": {}, "tiled": {"mlp_tile_tokens": 5}, "plain": {"accelerate": False}}
+    fast, tiled, plain = (
+        train(make_config(name, lora=lora, training=setting)) for name, setting in settings.items()
     )
     # two orders of summation in float32, carried through 8 steps
     assert fast.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert tiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert json.loads((tiled.folder / "manifest.json").read_text())["acceleration"]["mlp_tile_tokens"] == 5
     kinds = json.loads((fast.folder / "manifest.json").read_text())["acceleration"]["kinds"]
     assert all(
         kinds[kind]["found"] == kinds[kind]["replaced"] for kind in ("norm", "mlp", "qkv", "o", "loss")
