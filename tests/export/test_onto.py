@@ -22,6 +22,7 @@ from pronghorn.quant import nf4
 from pronghorn.quant.library import decode_weight, linears_4bit
 from pronghorn.serving.compare import drift_candidates
 from tests import four_bit
+from tests.stack import experts_are_stacked
 
 IDS = torch.arange(5, 37).view(1, -1)
 
@@ -39,9 +40,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def divergence(folder: Path, adapter: Path) -> float:
-    """KL from the trained model (4-bit base + adapter) to a merged folder, nats a token."""
-    truth, _ = load(adapter, say=None)
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """KL from the trained model (4-bit base + adapter) to a merged folder, nats a token, in float32.
+
+    In bfloat16 the arithmetic alone makes 1e-3 of Gemma 2 on transformers 4, which starts its norms at twice
+    the size.
+    """
+    truth, _ = load(adapter, LoadOptions(dtype="float32"), say=None)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     merged.set_attn_implementation(truth.config._attn_implementation)  # see load: soft caps
     one = truth(input_ids=IDS).logits.float().log_softmax(-1)
     other = merged(input_ids=IDS).logits.float().log_softmax(-1)
@@ -56,7 +61,8 @@ def test_merged_onto_the_decoded_values(tmp_path: Path, family: str, stored: boo
     adapter = trained(tmp_path / "adapter", base, targets=("q_proj", "v_proj"))
     report = export(adapter, tmp_path / "merged")
     assert report.verified is True
-    count = 8 if family == "mixtral" else 14
+    experts = 0 if experts_are_stacked() else 2 * 4 * 3
+    count = 8 + experts if family == "mixtral" else 14
     assert report.onto == f"merged onto the decoded NF4 values of {count} tensors: the model that was trained"
     assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
     assert divergence(tmp_path / "merged", adapter) < 1e-3

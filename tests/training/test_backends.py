@@ -75,7 +75,8 @@ def test_flex_attention_keeps_rows_apart(family: str) -> None:
 def test_flex_attention_on_the_cpu_is_refused_for_training() -> None:
     model = tiny.model("llama")
     use_attention(model, "flex_attention")
-    with pytest.raises(NotSupportedError, match="does not support backward on CPU"):
+    # torch 2.8 fails in its compiler, later ones say "does not support backward on CPU"
+    with pytest.raises(NotSupportedError, match="LlamaForCausalLM cannot compute packed rows: "):
         require_isolation(model)
 
 
