@@ -62,8 +62,7 @@ def _truth(view: Folder) -> Truth:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # as people get it: by model type, where vLLM goes by the class that architectures names
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(view.path, **options).eval()
+    model = verify_model.load_model(view.path, AutoModelForCausalLM)
     tokenizer = None
     if "tokenizer_config.json" in view.names:
         tokenizer = AutoTokenizer.from_pretrained(view.path, local_files_only=True)
