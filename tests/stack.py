@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
+import accelerate
 import peft
 import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests import tiny
@@ -43,6 +45,16 @@ def only_newer_peft(refusal: type[Exception], newer: bool = PEFT_KEEPS_TIED) -> 
     with pytest.raises(refusal):
         yield
     pytest.skip(f"peft {peft.__version__} makes no such adapter")
+
+
+def require_models_on_disk(folder: Path) -> None:
+    """Skip where a model cannot be left on the disk whole: accelerate 1.10 refuses to."""
+    placing = {"device_map": {"": "disk"}, "offload_folder": folder / "offloaded"}
+    try:
+        AutoModelForCausalLM.from_pretrained(tiny.write_base(folder / "base"), **placing)
+    except ValueError as error:
+        assert "offload the whole model to the disk" in str(error)
+        pytest.skip(f"accelerate {accelerate.__version__} leaves no whole model on the disk")
 
 
 def require_family(model_type: str) -> None:

@@ -157,8 +157,7 @@ class FastLanguageModel:
             random_state: seed of an adapter attached later.
             text_only: only text models can be loaded.
             base: for an adapter, where its base is now.
-            unsloth_tiled_mlp: train MLPs and experts in tiles of as many tokens as the model is wide, keeping
-                only their input: for long rows.
+            unsloth_tiled_mlp: for long rows, MLPs and experts in tiles of as many tokens as the model is wide
             accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
             **other: other names of this kind are refused with the reason.
 
@@ -192,9 +191,7 @@ class FastLanguageModel:
         origin = origin_of(model)
         assert origin is not None, "load() keeps the origin on the model"
         origin.recompute = use_gradient_checkpointing
-        if unsloth_tiled_mlp:
-            # the gate of such a tile has as many values as the gate's weight
-            origin.mlp_tile_tokens = model.get_input_embeddings().weight.shape[1]
+        origin.mlp_tile_tokens = _tile_tokens(model) if unsloth_tiled_mlp else None
         if hasattr(model, "peft_config"):
             _prepare(model, use_gradient_checkpointing, accelerate)
         _bind(model)
@@ -351,6 +348,11 @@ def _prepare(model: Any, asked: bool | str, accelerated: bool) -> None:
     _switch_recompute(model, bool(asked) and not accelerated)  # what is saved is measured without it
     if accelerated:
         print(accelerate_model(model, recompute=RECOMPUTE_MODES[asked], mlp_tile_tokens=tile))
+
+
+def _tile_tokens(model: Any) -> int:
+    """Tokens of which a gate has as many values as its weight: fewer are slow, more save little."""
+    return int(model.get_input_embeddings().weight.shape[1])
 
 
 def _switch_recompute(model: Any, on: bool) -> None:
