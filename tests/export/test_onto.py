@@ -63,7 +63,9 @@ def test_merged_onto_the_decoded_values(tmp_path: Path, family: str, stored: boo
     assert report.onto == f"merged onto the decoded NF4 values of {count} tensors: the model that was trained"
     assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
     # bfloat16 alone makes 1e-3 of Gemma 2 on transformers 4, which starts its norms at twice the size
-    dtype = torch.float32 if family == "gemma2" else torch.bfloat16
+    # and sends tokens of Mixtral to other experts
+    wide = family == "gemma2" or (family == "mixtral" and not experts_are_stacked())
+    dtype = torch.float32 if wide else torch.bfloat16
     assert divergence(tmp_path / "merged", adapter, dtype) < 1e-3
     # a linear layer without an adapter is written as it decodes, too
     merged, model = tensors(tmp_path / "merged"), load(base, LoadOptions(quantization="nf4"), say=None)[0]
