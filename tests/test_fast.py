@@ -376,6 +376,18 @@ def test_acceleration_can_be_left_out(base: Path, capsys: pytest.CaptureFixture[
         FastLanguageModel.get_peft_model(again, accelerate=False, use_gradient_checkpointing="auto")
 
 
+def test_tiled_mlps(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = FastLanguageModel.from_pretrained(base, unsloth_tiled_mlp=True)
+    wrapped = FastLanguageModel.get_peft_model(model)
+    said = "replaced MLPs and experts: at most 64 tokens at a time"
+    assert said in capsys.readouterr().out
+    FastLanguageModel.for_training(wrapped, "unsloth")
+    assert said in capsys.readouterr().out
+    again, _ = FastLanguageModel.from_pretrained(base, unsloth_tiled_mlp=True)
+    with pytest.raises(ConfigError, match="unsloth_tiled_mlp=True needs accelerate=True"):
+        FastLanguageModel.get_peft_model(again, accelerate=False)
+
+
 def test_modes_switch_back_and_forth(base: Path) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     assert model.for_training() is model

@@ -61,7 +61,6 @@ _LOAD_REFUSED: Mapping[str, _Refused] = MappingProxyType(
         "disable_log_stats": _Refused((None, True), _NO_VLLM),
         "qat_scheme": _Refused((None,), "quantisation-aware training is not available"),
         "load_in_fp8": _Refused((None, False), "loading in FP8 is not available", "load in 16-bit"),
-        "unsloth_tiled_mlp": _Refused((None, False), "tiled MLPs are not available"),
         "num_labels": _Refused((None,), "classification heads are not available"),
     }
 )  # fmt: skip
@@ -151,6 +150,7 @@ class FastLanguageModel:
         random_state: int = DEFAULT_SEED,
         text_only: bool = True,
         base: str | Path | None = None,
+        unsloth_tiled_mlp: bool = False,
         accelerate: bool = True,
         **other: Any,
     ) -> tuple[Any, Any]:
@@ -173,6 +173,7 @@ class FastLanguageModel:
             random_state: seed of an adapter attached later.
             text_only: only text models can be loaded.
             base: for an adapter, where its base is now.
+            unsloth_tiled_mlp: for long rows, MLPs and experts in tiles of as many tokens as the model is wide
             accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
             **other: other names of this kind are refused with the reason.
 
@@ -206,6 +207,7 @@ class FastLanguageModel:
         origin = origin_of(model)
         assert origin is not None, "load() keeps the origin on the model"
         origin.recompute = use_gradient_checkpointing
+        origin.mlp_tile_tokens = _tile_tokens(model) if unsloth_tiled_mlp else None
         if hasattr(model, "peft_config"):
             _prepare(model, use_gradient_checkpointing, accelerate)
         _bind(model)
@@ -355,9 +357,18 @@ def _prepare(model: Any, asked: bool | str, accelerated: bool) -> None:
             f"use_gradient_checkpointing={asked!r} needs accelerate=True",
             fix="use True or False, or accelerate",
         )
+    origin = origin_of(model)
+    tile = origin.mlp_tile_tokens if origin else None
+    if tile is not None and not accelerated:
+        raise ConfigError("unsloth_tiled_mlp=True needs accelerate=True", fix="keep one of them")
     _switch_recompute(model, bool(asked) and not accelerated)  # what is saved is measured without it
     if accelerated:
-        print(accelerate_model(model, recompute=RECOMPUTE_MODES[asked]))
+        print(accelerate_model(model, recompute=RECOMPUTE_MODES[asked], mlp_tile_tokens=tile))
+
+
+def _tile_tokens(model: Any) -> int:
+    """Tokens of which a gate has as many values as its weight: fewer are slow, more save little."""
+    return int(model.get_input_embeddings().weight.shape[1])
 
 
 def _switch_recompute(model: Any, on: bool) -> None:

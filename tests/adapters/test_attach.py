@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +56,20 @@ def test_only_the_adapter_trains_and_it_is_said() -> None:
 def test_the_line_goes_to_stdout_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     attach_lora(tiny.model("llama"))
     assert "LoRA rank 16 on 14 modules" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_every_module_that_holds_the_adapter_is_counted(family: str) -> None:
+    model = attach_lora(tiny.model(family), LoraOptions(r=4), say=None)
+
+    def held(adapter: str) -> int:
+        return sum(f".lora_A.{adapter}." in name for name in model.state_dict())
+
+    assert sum(report(model).modules.values()) == held("default") > 0
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    assert sum(report(model).modules.values()) == held("default")
+    model.set_adapter("second")
+    assert report(model).modules == {"o_proj": 2} and held("second") == 2
 
 
 def test_same_seed_same_adapter_and_untouched_random_stream() -> None:
@@ -249,8 +263,6 @@ def test_save_pretrained_refuses(arguments: dict[str, Any], said: str, tmp_path:
 
 
 def test_one_of_several_adapters_is_saved_by_choice(tmp_path: Path) -> None:
-    from peft import LoraConfig
-
     model = attach_lora(tiny.model("llama"), LoraOptions(r=4), say=None)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(AdapterError, match="no adapter was chosen; the model has default, second"):

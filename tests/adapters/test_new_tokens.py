@@ -19,7 +19,9 @@ from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
 from pronghorn.export.run import export
 from pronghorn.loading.load import load
 from pronghorn.sources.record import read_record
+from pronghorn.training.trainer import add_fused_head
 from tests import tiny
+from tests.stack import PEFT_KEEPS_TIED, only_newer_peft, peft_trains_head_rows
 
 NEW = ["<tool>", "</tool>", "zebra crossing"]
 DTYPE = torch.float32
@@ -37,11 +39,18 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("padded"), dtype=DTYPE, vocab_size=544)
 
 
+def attach(model: Any, **options: Any) -> Any:
+    """An adapter for a model with new tokens; PEFT 0.17 cannot where the head is a matrix of its own."""
+    apart = model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+    with only_newer_peft(NotSupportedError, newer=not apart or peft_trains_head_rows()):
+        return attach_lora(model, LoraOptions(r=4, **options), say=None)
+
+
 def trained(folder: Path, **options: Any) -> tuple[Any, Any]:
     """An adapter with new tokens, three steps on a text that uses them."""
     model, tokenizer = load(folder, say=None)
     add_new_tokens(model, tokenizer, NEW, say=None)
-    model = attach_lora(model, LoraOptions(r=4, **options), say=None)
+    model = attach(model, **options)
     ids = tokenizer("call <tool>add</tool> at the zebra crossing", return_tensors="pt")["input_ids"]
     assert {512, 513, 514} <= set(ids[0].tolist())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -140,7 +149,7 @@ def test_spare_rows_are_used_before_the_embedding_grows(padded: Path, tmp_path: 
     assert torch.equal(
         model.get_input_embeddings().weight, before
     )  # still the base's, which export relies on
-    wrapped = attach_lora(model, LoraOptions(r=4), say=None)
+    wrapped = attach(model)
     rows = wrapped.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
     assert torch.allclose(rows[0], before[:512].mean(0), atol=1e-6)  # the padding counts for nothing
     model, tokenizer = trained(padded)
@@ -154,11 +163,13 @@ def test_spare_rows_are_used_before_the_embedding_grows(padded: Path, tmp_path: 
 
 
 def test_tokens_that_the_base_has_no_row_for_get_one(tmp_path: Path) -> None:
-    """transformers gives this tokenizer one token more than the embedding has rows."""
+    """transformers 5 gives this tokenizer one token more than the embedding has rows."""
     model, tokenizer = load(tiny.write_base(tmp_path / "base", "qwen2", dtype=DTYPE), say=None)
+    if len(tokenizer) == 512:  # transformers 4 does not
+        tokenizer.add_tokens(["<unk>"])
     assert (len(tokenizer), model.get_input_embeddings().weight.shape[0]) == (513, 512)
     add_new_tokens(model, tokenizer, NEW, say=None)
-    wrapped = attach_lora(model, LoraOptions(r=4), say=None)
+    wrapped = attach(model)
     layer = wrapped.get_input_embeddings().token_adapter
     assert layer.token_indices["default"] == [512, 513, 514, 515]
     assert torch.equal(layer.trainable_tokens_delta["default"][0], layer.trainable_tokens_delta["default"][1])
@@ -203,7 +214,7 @@ def test_added_in_two_calls(base: Path) -> None:
     model, tokenizer = load(base, say=None)
     add_new_tokens(model, tokenizer, NEW[:1], say=None)
     add_new_tokens(model, tokenizer, NEW[1:], say=None)
-    wrapped = attach_lora(model, LoraOptions(r=4), say=None)
+    wrapped = attach(model)
     assert wrapped.get_input_embeddings().token_adapter.token_indices["default"] == [512, 513, 514]
 
 
@@ -211,7 +222,9 @@ def test_whole_embeddings_train_instead_where_that_is_asked_for(base: Path, tmp_
     model, tokenizer = load(base, say=None)
     add_new_tokens(model, tokenizer, NEW, say=None)
     options = LoraOptions(r=4, modules_to_save=("embed_tokens", "lm_head"), tied="keep")
-    wrapped = attach_lora(model, options, say=None)
+    tied = bool(model.config.tie_word_embeddings)
+    with only_newer_peft(NotSupportedError, newer=PEFT_KEEPS_TIED or not tied):
+        wrapped = attach_lora(model, options, say=None)
     assert report(wrapped).tokens == 0
     wrapped.save_pretrained(tmp_path / "adapter")
     assert [515, 64] in tensors(tmp_path / "adapter").values()
@@ -224,7 +237,9 @@ def test_accelerated_rows_train_alike(base: Path) -> None:
     for accelerated in (False, True):
         model, tokenizer = FastLanguageModel.from_pretrained(str(base), use_gradient_checkpointing=False)
         add_new_tokens(model, tokenizer, NEW)
-        model = FastLanguageModel.get_peft_model(model, r=4, accelerate=accelerated)
+        apart = not model.config.tie_word_embeddings
+        with only_newer_peft(NotSupportedError, newer=not apart or peft_trains_head_rows()):
+            model = FastLanguageModel.get_peft_model(model, r=4, accelerate=accelerated)
         ids = tokenizer("call <tool>add</tool> at the zebra crossing", return_tensors="pt")["input_ids"]
         model.train()(input_ids=ids, labels=ids).loss.backward()
         gradients.append([p.grad for n, p in model.named_parameters() if "tokens_delta" in n])
@@ -235,16 +250,14 @@ def test_accelerated_rows_train_alike(base: Path) -> None:
 
 def test_rows_train_alike_through_trl_s_fused_head(base: Path) -> None:
     """TRL's trainers read weight and bias of the head themselves, and PEFT's wrapper has no bias."""
-    from trl.trainer.utils import add_fused_lm_head
-
     gradients = []
     for fused in (False, True):
         model, tokenizer = load(base, say=None)
         add_new_tokens(model, tokenizer, NEW, say=None)
-        model = attach_lora(model, LoraOptions(r=4), say=None)
+        model = attach(model)
         ids = tokenizer("call <tool>add</tool> at the zebra crossing", return_tensors="pt")["input_ids"]
-        if fused:
-            add_fused_lm_head(model.get_base_model())
+        if fused and not add_fused_head(model.get_base_model()):
+            pytest.skip("this TRL has no fused head")
         options = {"fused_lm_head": True} if fused else {}
         model.train()(input_ids=ids, labels=ids, **options).loss.backward()
         gradients.append([p.grad for n, p in model.named_parameters() if "tokens_delta" in n])

@@ -22,6 +22,7 @@ from pronghorn.quant import nf4
 from pronghorn.quant.library import decode_weight, linears_4bit
 from pronghorn.serving.compare import drift_candidates
 from tests import four_bit
+from tests.stack import experts_are_stacked
 
 IDS = torch.arange(5, 37).view(1, -1)
 
@@ -38,10 +39,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def divergence(folder: Path, adapter: Path) -> float:
+def divergence(folder: Path, adapter: Path, dtype: torch.dtype = torch.bfloat16) -> float:
     """KL from the trained model (4-bit base + adapter) to a merged folder, nats a token."""
-    truth, _ = load(adapter, say=None)
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    truth, _ = load(adapter, LoadOptions(dtype=dtype), say=None)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    merged.set_attn_implementation(truth.config._attn_implementation)  # see load: soft caps
     one = truth(input_ids=IDS).logits.float().log_softmax(-1)
     other = merged(input_ids=IDS).logits.float().log_softmax(-1)
     return float((one.exp() * (one - other)).sum(-1).mean())
@@ -55,10 +57,16 @@ def test_merged_onto_the_decoded_values(tmp_path: Path, family: str, stored: boo
     adapter = trained(tmp_path / "adapter", base, targets=("q_proj", "v_proj"))
     report = export(adapter, tmp_path / "merged")
     assert report.verified is True
-    count = 8 if family == "mixtral" else 14
+    # as modules, experts are in 4-bit too, and in a stored folder the routers
+    experts = 0 if experts_are_stacked() else 2 * 4 * 3 + (2 if stored else 0)
+    count = 8 + experts if family == "mixtral" else 14
     assert report.onto == f"merged onto the decoded NF4 values of {count} tensors: the model that was trained"
     assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
-    assert divergence(tmp_path / "merged", adapter) < 1e-3
+    # bfloat16 alone makes 1e-3 of Gemma 2 on transformers 4, which starts its norms at twice the size
+    # and sends tokens of Mixtral to other experts
+    wide = family == "gemma2" or (family == "mixtral" and not experts_are_stacked())
+    dtype = torch.float32 if wide else torch.bfloat16
+    assert divergence(tmp_path / "merged", adapter, dtype) < 1e-3
     # a linear layer without an adapter is written as it decodes, too
     merged, model = tensors(tmp_path / "merged"), load(base, LoadOptions(quantization="nf4"), say=None)[0]
     name = "model.layers.1.self_attn.o_proj"

@@ -16,8 +16,14 @@ from pronghorn.export.verify_deep import GREEDY, LOGITS, MOVES, RUNS, compute_pr
 from pronghorn.export.verify_folder import Row
 from tests import tiny
 from tests.export.test_verify_deep import DTYPES, Case, edit_weights, merge
+from tests.stack import require_models_on_disk
 
 COMPUTED = (LOGITS, MOVES, GREEDY)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _models_on_disk(tmp_path_factory: pytest.TempPathFactory) -> None:
+    require_models_on_disk(tmp_path_factory.mktemp("disk"))
 
 
 @pytest.fixture

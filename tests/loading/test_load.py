@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.options import LoraOptions
@@ -18,6 +19,7 @@ from pronghorn.adapters.record import read_record
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError, SourceError
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
+from pronghorn.patching.accelerate import accelerate
 from tests import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -74,6 +76,25 @@ def test_every_family_loads_with_the_weights_of_the_files(family: str, tmp_path:
     written = tiny.model(family, dtype=torch.bfloat16).state_dict()
     assert model.state_dict().keys() == written.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_soft_cap_is_computed_whatever_transformers_chooses(tmp_path: Path) -> None:
+    """Up to 5.17 it runs Gemma 2 in ``sdpa``, which ignores the cap; later it chooses ``eager`` itself."""
+    base = tiny.write_base(tmp_path / "base", "gemma2", attn_logit_softcapping=1.0)
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    ignored = stock.config._attn_implementation == "sdpa"
+    chosen = logits(stock)
+    stock.set_attn_implementation("eager")
+    said: list[str] = []
+    model, _ = load(base, say=said.append)
+    assert torch.equal(logits(model), logits(stock))
+    assert torch.equal(logits(model), chosen) is not ignored
+    assert (
+        said[0].endswith("attention in eager: sdpa of this transformers leaves the soft cap of 1 out")
+        is ignored
+    )
+    report = accelerate(attach_lora(model, LoraOptions(r=4), say=None), strict=["attention"])
+    assert report.count("attention") == (2, 2)
 
 
 @pytest.mark.parametrize(

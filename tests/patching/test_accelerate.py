@@ -57,8 +57,8 @@ def test_attention_that_leaves_a_soft_cap_out_is_left() -> None:
     model = adapted("gemma2")
     report = accelerate(model)
     ignored = model.get_base_model().config._attn_implementation == "sdpa"
-    assert report.count("attention") == (2, 0 if ignored else 2)
-    assert ("spoils the whole model" in str(report)) is ignored
+    assert report.count("attention") == ((1, 0) if ignored else (2, 2))
+    assert ("leaves the soft cap of 50 out: load with pronghorn.load" in str(report)) is ignored
     report.undo()
     model.get_base_model().set_attn_implementation("eager")
     assert accelerate(model).count("attention") == (2, 2)
@@ -314,7 +314,11 @@ def test_tiled_mlp_gives_the_same_result() -> None:
     model = adapted()
     report = accelerate(model, mlp_tile_tokens=7)
     assert report.count("mlp") == (2, 2)
+    assert "replaced MLPs and experts: at most 7 tokens at a time" in str(report)
+    assert report.as_dict()["mlp_tile_tokens"] == 7
     assert_same(step(model), step(adapted()))
+    with pytest.raises(ConfigError, match="mlp_tile_tokens=0"):
+        accelerate(model, mlp_tile_tokens=0)
 
 
 def test_report_is_data_and_a_table() -> None:

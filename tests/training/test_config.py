@@ -76,6 +76,16 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ({"lora": {"depth": 4}}, "lora.depth: unknown key", "lora knows: r, alpha, dropout"),
         ({"lora": {"lora_alpha": 4}}, "lora.lora_alpha: unknown key", "lora.alpha?"),
         ({"data": {"train": "x", "fromat": "text"}}, "data.fromat: unknown key", "data.format?"),
+        (
+            {"training": {"mlp_tile_tokens": 64, "accelerate": False}},
+            "mlp_tile_tokens: 64 needs accelerate: true",
+            "",
+        ),
+        (
+            {"training": {"recompute": "auto", "accelerate": False}},
+            "recompute: auto needs accelerate: true",
+            "",
+        ),
         ({"zzz": 1}, "zzz: unknown key", "the top level knows: schema_version, seed, model"),
         (
             {"training": {"batch_size": 0}},

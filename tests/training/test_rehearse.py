@@ -59,12 +59,19 @@ def config(folder: Path, lora: dict[str, Any], **training: Any) -> RunConfig:
     )
 
 
-def real(folder: Path, lora: dict[str, Any], accelerated: bool, setting: bool | str, **options: Any) -> Any:
+def real(
+    folder: Path,
+    lora: dict[str, Any],
+    accelerated: bool,
+    setting: bool | str,
+    tile: int | None = None,
+    **options: Any,
+) -> Any:
     """The loaded model, prepared as ``train`` prepares it."""
     model, _ = load(folder, LoadOptions(**options), say=None)
     model = attach_lora(model, LoraOptions(**lora), say=None)
     if accelerated:
-        accelerate(model, recompute=RECOMPUTE_MODES[setting], activation_bytes=0)
+        accelerate(model, recompute=RECOMPUTE_MODES[setting], activation_bytes=0, mlp_tile_tokens=tile)
     elif setting:
         recompute.enable(base_of(model))
     if add_fused_head(base_of(model)) and accelerated:
@@ -117,6 +124,15 @@ def test_planned_recompute_is_known_too(setting: str, tmp_path: Path) -> None:
     predicted = stage.step(PADDED, setting, activation_bytes=0)
     assert near(predicted.saved, measured.saved)
     assert near(predicted.peak, measured.peak)
+
+
+def test_tiles_of_the_mlp_are_known_too(tmp_path: Path) -> None:
+    folder, lora = write(tmp_path, "phi3, fused")
+    stage, whole = Stage(config(folder, lora, mlp_tile_tokens=16)), Stage(config(folder, lora))
+    predicted, without = stage.step(PADDED, False), whole.step(PADDED, False)
+    measured = rehearse(real(folder, lora, True, False, tile=16), PADDED, stage.how())
+    assert near(predicted.saved, measured.saved) and near(predicted.peak, measured.peak)
+    assert predicted.saved < 0.8 * without.saved and predicted.peak < without.peak
 
 
 def test_a_part_of_the_layers_under_a_budget(tmp_path: Path) -> None:

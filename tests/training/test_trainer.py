@@ -92,7 +92,8 @@ def test_our_model_in_a_users_own_script_trains_as_in_our_run(
     rows = gather(parse_config(make_config("rows", data={"eval": []})), Narrator(quiet=True)).rows
     losses = own_script(kind, make_config, tmp_path, model, tokenizer, rows)
     if kind is trl.SFTTrainer:
-        assert losses == list(ours.losses)
+        rounded = [round(loss, 4) for loss in ours.losses]  # as transformers 4.56 logs them
+        assert losses in (list(ours.losses), rounded)
     assert losses == pytest.approx(ours.losses, rel=1e-4)
     ids = tokenizer("import torch", return_tensors="pt")["input_ids"]
     assert model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]

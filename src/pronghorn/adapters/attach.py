@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import nn
 
-from pronghorn.adapters.new_tokens import start_rows, trainable_rows
+from pronghorn.adapters.new_tokens import head_with_rows, start_rows, trainable_rows
 from pronghorn.adapters.options import LoraOptions
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import bind_save
@@ -25,7 +30,7 @@ _PEFT_FIELDS = frozenset(one.name for one in fields(LoraConfig))
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What was attached: module counts by last name part, and parameter counts."""
+    """What was attached: how many modules hold the adapter, by last name part, and parameter counts."""
 
     modules: dict[str, int]
     saved: tuple[str, ...]
@@ -69,6 +74,7 @@ def attach_lora(
     origin = origin_of(model)
     options, targets, tied = settle(model, options, resolve_targets(model, options))
     rows = trainable_rows(model, [*options.modules_to_save, *targets.modules])
+    require_rows(model, rows)
     config = _peft_config(model, options, targets, tied, rows)
     try:
         with seeded(options.seed), peft_warnings():
@@ -90,10 +96,7 @@ def attach_lora(
 def report(model: PeftModel, *, tied: Tied | None = None) -> AttachReport:
     """Describe the active adapter of a wrapped model."""
     config = model.peft_config[model.active_adapter]
-    counts: dict[str, int] = {}
-    for name in [*model.base_model.targeted_module_names, *_parameter_names(model)]:
-        leaf = name.removesuffix(".weight").rpartition(".")[2]
-        counts[leaf] = counts.get(leaf, 0) + 1
+    counts = dict(Counter(_adapted(model.get_base_model(), model.active_adapter)))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = getattr(config, "trainable_token_indices", None) or {}
     tokens = len({index for ids in rows.values() for index in ids})
@@ -101,8 +104,13 @@ def report(model: PeftModel, *, tied: Tied | None = None) -> AttachReport:
     return AttachReport(counts, kept, config.r, tied, trainable, values(model), tokens)
 
 
-def _parameter_names(model: PeftModel) -> list[str]:
-    return list(getattr(model.base_model, "targeted_parameter_names", ()))
+def _adapted(base: Any, adapter: str) -> Iterator[str]:
+    """The last name part of every module, or parameter of stacked experts, that holds this adapter now."""
+    for name, module in base.named_modules():
+        if any(adapter in getattr(module, table, ()) for table in ("lora_A", "lora_embedding_A")):
+            parameter = getattr(module, "parameter_name", "weight")
+            leaf = name.replace(".base_layer", "").rpartition(".")[2]
+            yield leaf if parameter == "weight" else parameter
 
 
 def _peft_config(
@@ -187,6 +195,31 @@ def peft_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*target_modules.*were set but no module was matched.*")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated.*")
         yield
+
+
+@cache
+def trains_rows_of_heads() -> bool:
+    """Whether PEFT lets single rows of an output head train; 0.17 does so for embeddings only."""
+    layer = TrainableTokensLayer(nn.Linear(2, 2), "probe", [])
+    try:
+        layer.update_layer("probe", token_indices=[0])
+    except AttributeError:  # it asks for an embedding's width
+        return False
+    return True
+
+
+def require_rows(model: Any, rows: Mapping[str, Any] | None) -> None:
+    """Hold the ends of which single ``rows`` are to train against what PEFT can do.
+
+    Raises:
+        NotSupportedError: the output head is among them, and this PEFT cannot.
+    """
+    head = head_with_rows(model, rows or ())
+    if head is not None and not trains_rows_of_heads():
+        raise NotSupportedError(
+            f"new tokens need rows of {head}, which peft {peft.__version__} cannot train by themselves",
+            fix="pip install -U peft, or take a base whose head and embedding are one matrix",
+        )
 
 
 def _name_base(model: PeftModel, origin: Origin | None) -> None:

@@ -160,6 +160,12 @@ def trainable_rows(model: Any, whole: Iterable[str]) -> dict[str, list[int]] | N
     return {name: list(new.ids) for name in new.rows if not _is_named(name, named)} or None
 
 
+def head_with_rows(model: Any, rows: Iterable[str]) -> str | None:
+    """The output head, where it is among ``rows`` (modules of which single rows train) and a matrix apart."""
+    found = embeddings(model)
+    return found.outputs if found.outputs and not found.tied and _is_named(found.outputs, rows) else None
+
+
 def _both(model: Any) -> list[str]:
     found = embeddings(model)
     return [name for name in (found.inputs, found.outputs) if name]

@@ -18,7 +18,7 @@ class Origin:
     """The base files a model instance was loaded from, and how it was loaded.
 
     ``fingerprint`` is that of the weight files; ``tokenizer_limit`` the tokenizer's own model_max_length;
-    ``rows`` the embedding rows at load; ``seed`` and ``recompute`` are for an adapter trained later;
+    ``rows`` the embedding rows at load; ``seed``, ``recompute``, ``mlp_tile_tokens`` for a later adapter;
     ``samples`` a few values of every weight at load; ``quantised`` the file tensors held in ``quantization``,
     ``quantised_dtype`` what they decode to; ``report`` the LoadReport.
     """
@@ -34,6 +34,7 @@ class Origin:
     tokenizer_limit: int | None = None
     seed: int = 3407
     recompute: bool | str = False
+    mlp_tile_tokens: int | None = None
     rows: int | None = None
     samples: dict[str, str] = field(default_factory=dict)
     quantization: str | None = None

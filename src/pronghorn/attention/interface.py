@@ -40,6 +40,24 @@ def groups_are_fused() -> bool:
     return chosen != SDPBackend.MATH.value
 
 
+@cache
+def _sdpa_drops_caps() -> bool:
+    """Whether transformers' ``sdpa`` takes a soft cap and computes without it (up to 5.17) or refuses it."""
+    one = torch.zeros(1, 1, 1, 8)
+    try:
+        ALL_ATTENTION_FUNCTIONS["sdpa"](nn.Module(), one, one, one, None, softcap=1.0)
+    except ValueError:
+        return False
+    return True
+
+
+def lost_cap(model: Any) -> float | None:
+    """The soft cap of its scores that a model asks for and that its attention, as it is set, leaves out."""
+    text = model.config.get_text_config()
+    cap: float | None = getattr(text, "attn_logit_softcapping", None)
+    return cap if cap is not None and text._attn_implementation == "sdpa" and _sdpa_drops_caps() else None
+
+
 def register() -> None:
     """Make the name known to transformers; a mask of the same name, or padding would be ignored silently."""
     AttentionInterface.register(NAME, attention_forward)

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from pronghorn.adapters.attach import peft_warnings, seeded
+from pronghorn.adapters.attach import peft_warnings, require_rows, seeded
 from pronghorn.adapters.new_tokens import ready_rows
 from pronghorn.adapters.options import check_keeps_base
 from pronghorn.errors import AdapterError
@@ -28,11 +28,13 @@ def load_adapter(model: Any, source: Source) -> PeftModel:
 
     Raises:
         AdapterError: the adapter's tensors are not exactly those its config asks for on this base.
+        NotSupportedError: rows of new tokens that this PEFT cannot train.
     """
     tensors = load_file(source.path / ADAPTER_WEIGHTS, device="cpu")
     _check_finite(source.path, tensors)
     _resize(model, tensors, source.config)
     check_keeps_base(source.config.get("init_lora_weights"))
+    require_rows(model, _token_rows(source.config))
     try:
         config = LoraConfig.from_pretrained(str(source.path))
         config.inference_mode = False
@@ -121,8 +123,7 @@ def _is_embedding(model: PeftModel, name: str) -> bool:
 
 
 def _resize(model: Any, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    listed = config.get("trainable_token_indices")
-    needed = max((max(ids) + 1 for ids in listed.values()), default=0) if isinstance(listed, Mapping) else 0
+    needed = max((max(ids) + 1 for ids in _token_rows(config).values()), default=0)
     if needed > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(needed, mean_resizing=False)  # the adapter holds every new row
     names = {id(module): name for name, module in model.named_modules()}
@@ -132,6 +133,12 @@ def _resize(model: Any, tensors: Mapping[str, torch.Tensor], config: Mapping[str
         if carried is not None and carried.shape[0] != model.get_input_embeddings().weight.shape[0]:
             # the carried embedding overwrites every row, so none needs a sensible start
             model.resize_token_embeddings(carried.shape[0], mean_resizing=False)
+
+
+def _token_rows(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Ids of the tokens whose rows an adapter trains, by module."""
+    listed = config.get("trainable_token_indices")
+    return listed if isinstance(listed, Mapping) else {}
 
 
 def _check_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:

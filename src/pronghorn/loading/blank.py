@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from pronghorn.errors import NotSupportedError, SourceError
 from pronghorn.loading.four_bit import plan_load
 from pronghorn.loading.options import LoadOptions
-from pronghorn.loading.strict import common_arguments, load_blank, load_errors, read_config
+from pronghorn.loading.strict import common_arguments, keep_soft_cap, load_blank, load_errors, read_config
 from pronghorn.memory.shapes_only import ShapesOnly
 from pronghorn.quant.choose import choose
 from pronghorn.quant.library import blank_linear_4bit, blank_packed, is_linear_4bit
@@ -67,6 +67,7 @@ def blank_base(source: Source, options: LoadOptions) -> Blank:
         setattr(parent, name.rpartition(".")[2], blank_linear_4bit(model.get_submodule(name), model.dtype))
     if names:
         model.is_loaded_in_4bit = True
+    keep_soft_cap(model)
     return Blank(model, tuple(names), plan.weights.nbytes)
 
 

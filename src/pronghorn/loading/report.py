@@ -31,6 +31,8 @@ class LoadReport:
     full_bytes: int
     resident_bytes: int | None
     added_bytes: int | None
+    attention: str = ""
+    """why it is not what transformers chose; empty where it is"""
 
     @property
     def total_bytes(self) -> int:
@@ -49,6 +51,7 @@ class LoadReport:
         return (
             f"{modules if self.quantised else 'nothing quantised'}; {size(self.total_bytes)} ({kinds}), "
             f"{share:.2f} x the {size(self.full_bytes)} of 16-bit{memory}"
+            f"{'; ' if self.attention else ''}{self.attention}"
         )
 
 
@@ -66,7 +69,7 @@ def memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
 
 
-def report_load(model: Any, left: Mapping[str, str], before: int | None) -> LoadReport:
+def report_load(model: Any, left: Mapping[str, str], before: int | None, attention: str = "") -> LoadReport:
     """Measure a model; ``left``: modules not quantised, with reasons; ``before``: an earlier ``memory()``."""
     now = memory()
     eight = tuple(name for name, _ in linears_8bit(model))
@@ -78,6 +81,7 @@ def report_load(model: Any, left: Mapping[str, str], before: int | None) -> Load
         full_bytes(model),
         now,
         None if now is None or before is None else max(0, now - before),
+        attention,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from pronghorn.attention.interface import lost_cap
 from pronghorn.errors import NotSupportedError, PronghornError, SourceError
 from pronghorn.loading.eight_bit import load_int8
 from pronghorn.loading.four_bit import left_of_stored, load_encoded, plan_load, settle, stored_modules
@@ -71,7 +72,16 @@ def load_base(
         files, left = stored_modules(model, plan), left_of_stored(model, plan) if plan.stored else {}
     _check(source, info, model)
     settle(source, model, frozenset(files if plan.quantised == "nf4" else ()))
-    return Loaded(model.eval(), report_load(model, left, before), files, plan.quantised)
+    attention = keep_soft_cap(model)
+    return Loaded(model.eval(), report_load(model, left, before, attention), files, plan.quantised)
+
+
+def keep_soft_cap(model: Any) -> str:
+    """Have a model compute its soft cap where transformers' choice leaves it out; says so, or is empty."""
+    if (cap := lost_cap(model)) is None:
+        return ""
+    model.set_attn_implementation("eager")
+    return f"attention in eager: sdpa of this transformers leaves the soft cap of {cap:g} out"
 
 
 def common_arguments(trust_remote_code: bool) -> dict[str, Any]:

@@ -55,17 +55,16 @@ def accelerate(
         model: a transformers causal language model, or a PEFT model around one.
         kinds: which kinds of parts to consider, of ``REPLACEABLE``.
         strict: True: every part found must be replaced. A list of kinds: those must be there and be replaced.
-        mlp_tile_tokens: run MLPs in tiles of at most this many tokens (batch and sequence together) and keep
-        only
-            their input: for long sequences. The gate and up products then run twice.
+        mlp_tile_tokens: run MLPs and experts in tiles of at most this many tokens (batch and sequence
+            together) and keep only their input: for long sequences. Their first products then run twice.
         recompute: None, "full" (every layer), "unsloth" (every layer, its input kept in host memory) or
-        "auto"
-            (as many layers as the budget asks for; what the others save is measured first).
+            "auto" (as many layers as the budget asks for; what the others save is measured first).
         activation_bytes: the budget of "auto": what all layers may keep together. Default: half of what is
-        free.
+            free.
 
     Raises:
-        ConfigError: an unknown kind or recompute mode, or ``strict`` names a kind not in ``kinds``.
+        ConfigError: an unknown kind or recompute mode, no tokens in a tile, or ``strict`` names a kind not in
+            ``kinds``.
         NotSupportedError: ``strict``, and a kind was not fully replaced; nothing stays replaced.
     """
     unknown = [kind for kind in kinds if kind not in REPLACEABLE]
@@ -76,6 +75,8 @@ def accelerate(
         raise ConfigError(
             f"strict={unknown}: not among the kinds considered", fix=f"choose from {', '.join(kinds)}"
         )
+    if mlp_tile_tokens is not None and mlp_tile_tokens < 1:
+        raise ConfigError(f"mlp_tile_tokens={mlp_tile_tokens}", fix="give a number of tokens, or None")
     warn_untested()
     base = base_of(model)
     if (before := current_report(base)) is not None:
@@ -131,6 +132,7 @@ def find_and_replace(
         running: entered for every run of the whole model.
     """
     kinds, running = choice.kinds, running or nullcontext()
+    report.mlp_tile_tokens = choice.mlp_tile_tokens
     places = PlacesSwitch(base)
     if places.offsets:
         places.on()

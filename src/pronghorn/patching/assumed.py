@@ -61,13 +61,14 @@ class ShapeProver(Prover):
         return ASSUMED, forwards
 
 
-def accelerate_shapes(model: Any, shapes: ShapesOnly) -> PatchReport:
+def accelerate_shapes(model: Any, shapes: ShapesOnly, mlp_tile_tokens: int | None = None) -> PatchReport:
     """Put in place what ``accelerate`` is expected to put in place in a model whose tensors are fake."""
     base = base_of(model)
     report = PatchReport()
     with shapes:
         batch = sample_batch(base)
-    find_and_replace(base, report, Choice(), batch, ShapeProver, shapes)
+    choice = Choice(mlp_tile_tokens=mlp_tile_tokens)
+    find_and_replace(base, report, choice, batch, ShapeProver, shapes)
     report.model_check = ASSUMED
     return report
 

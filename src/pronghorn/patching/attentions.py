@@ -26,10 +26,16 @@ class AttentionSwitch:
         same = [config for config in below if type(config) is type(text)]
         self.configs = list({id(config): config for config in [text, *same]}.values())
         self.before = [config._attn_implementation for config in self.configs]
+        self.cap = interface.lost_cap(model)
 
     @property
     def refused(self) -> str | None:
         """Why the model keeps its implementation, or None."""
+        if self.cap is not None:
+            return (
+                f"sdpa of this transformers leaves the soft cap of {self.cap:g} out: load with "
+                "pronghorn.load, or with attn_implementation='eager'"
+            )
         names = {str(name) for name in self.before}
         return None if names <= _REPLACEABLE else f"uses {', '.join(sorted(names - _REPLACEABLE))} already"
 

@@ -45,6 +45,8 @@ class PatchReport:
     model_check: str = "not run"
     packed: str = ""
     """how 4-bit weights are decoded; empty for a model without any"""
+    mlp_tile_tokens: int | None = None
+    """tokens at a time in MLPs and experts; None: all of a batch"""
     switches: list[Any] = field(default_factory=list)
     """things that are not instance forwards and know how to ``on()`` and ``off()`` themselves"""
 
@@ -83,6 +85,7 @@ class PatchReport:
             "kinds": kinds,
             "model_check": self.model_check,
             **({"packed": self.packed} if self.packed else {}),
+            **({"mlp_tile_tokens": self.mlp_tile_tokens} if self.mlp_tile_tokens else {}),
             "fallbacks": self.fallbacks(),
             "parts": [asdict(part) for part in self.parts],
         }
@@ -99,6 +102,8 @@ class PatchReport:
                 why = "; ".join(f"{count}: {reason}" for reason, count in self.left(kind).items())
                 lines.append(f"{kind:<10} {found:>5} {replaced:>8}  {why}".rstrip())
         lines += [f"4-bit: {self.packed}"] if self.packed else []
+        if self.mlp_tile_tokens and (self.count("mlp")[1] or self.count("experts")[1]):
+            lines.append(f"replaced MLPs and experts: at most {self.mlp_tile_tokens} tokens at a time")
         return "\n".join([*lines, f"whole model: {self.model_check}"])
 
     def undo(self) -> None:

@@ -96,9 +96,25 @@ def _compare_on(base: Any, report: PatchReport, without: tuple[str, ...], rounds
 
 
 def _pooled(model: Any, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-    """:func:`loss_and_grads` of several batches, side by side."""
+    """:func:`loss_and_grads` of several batches side by side, and the experts of a layer as one result.
+
+    A token that rounding sends to another expert changes the gradients of two. In transformers 5 experts are
+    stacked in one parameter; where they are a list, each alone would be judged by a handful of tokens.
+    """
     runs = [loss_and_grads(model, batch) for batch in batches]
-    return [torch.cat([t.flatten() for t in together]) for together in zip(*runs, strict=True)]
+    names = [_without_inner_numbers(n) for n, p in model.named_parameters() if p.requires_grad]
+    together: dict[Any, list[Tensor]] = {}
+    for run in runs:
+        for key, tensor in zip(["losses", *names, "own loss"], run, strict=True):
+            together.setdefault(key, []).append(tensor.flatten())
+    return [torch.cat(parts) for parts in together.values()]
+
+
+def _without_inner_numbers(name: str) -> str:
+    """A parameter's name with no number but the first, its layer's."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return ".".join(part for index, part in enumerate(parts) if index == first or not part.isdecimal())
 
 
 def _batches(base: Any, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -131,7 +131,7 @@ class MeterCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Called after each optimizer step."""
         meter, self.context.loop.meter = self.context.loop.meter, None
-        if meter is not None:
+        if meter is not None and ranks.is_first():
             extend_json(self.context.folder.manifest, "memory", meter.summary(optimizer))
 
 

@@ -107,6 +107,12 @@ class TrainingSection(Section):
         "as many layers as the free memory asks for.",
     )
 
+    mlp_tile_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="For long rows: at most this many tokens at a time in MLPs and experts, whose input is "
+        "all that is kept; their first products run twice. Needs accelerate.",
+    )
     over_budget: Literal["refuse", "warn", "skip"] = Field(
         "refuse",
         description="What happens when the plan of the run needs more memory than there is: refuse to "
@@ -114,9 +120,11 @@ class TrainingSection(Section):
     )
 
     @model_validator(mode="after")
-    def _planned_recompute_needs_acceleration(self) -> TrainingSection:
+    def _some_settings_need_acceleration(self) -> TrainingSection:
         if isinstance(self.recompute, str) and not self.accelerate:
             raise ValueError(f"recompute: {self.recompute} needs accelerate: true")
+        if self.mlp_tile_tokens is not None and not self.accelerate:
+            raise ValueError(f"mlp_tile_tokens: {self.mlp_tile_tokens} needs accelerate: true")
         return self
 
 

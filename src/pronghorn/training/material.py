@@ -10,6 +10,7 @@ from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.new_tokens import add_new_tokens
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
+from pronghorn.attention.interface import lost_cap
 from pronghorn.data.examples import Shown
 from pronghorn.data.inspect import EXAMPLES, Inspection
 from pronghorn.data.prepare import prepare
@@ -97,7 +98,11 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
         manifest["processes"] = ranks.count()
     acceleration = None
     if config.training.accelerate:
-        acceleration = accelerate(model, recompute=RECOMPUTE_MODES[config.training.recompute])
+        acceleration = accelerate(
+            model,
+            recompute=RECOMPUTE_MODES[config.training.recompute],
+            mlp_tile_tokens=config.training.mlp_tile_tokens,
+        )
         narrator.say(str(acceleration))
         manifest["acceleration"] = acceleration.as_dict()
     if prepared.bins is not None:
@@ -127,6 +132,11 @@ def use_attention(model: Any, name: str) -> None:
     if base.config.get_text_config()._attn_implementation != name:
         raise NotSupportedError(
             f"training.attention is {name}, which {type(base).__name__} does not take", fix=off
+        )
+    if (cap := lost_cap(base)) is not None:
+        raise NotSupportedError(
+            f"training.attention is {name}, which leaves the soft cap of {cap:g} out with this transformers",
+            fix=off,
         )
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pronghorn.attention.unmasked import unmasked
+from pronghorn.attention.unmasked import masks_known
 from pronghorn.memory.budget import StepBytes
 from pronghorn.memory.counter import LiveStorages, held_storages
 from pronghorn.ops.graph import is_fake
+from pronghorn.training.trainer import read_for_metrics
 
 # torch counts addmm but not its in-place form, by which adapters are added
 _IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, *args, out_shape=None, **kwargs: 2 * a[0] * a[1] * b[1]}
@@ -92,9 +93,9 @@ def count_flops(model: Any, shape: BatchShape, how: Arithmetic) -> int:
 
 
 def _masks(model: Any, shape: BatchShape) -> AbstractContextManager[None]:
-    """With numbers, transformers sees that a batch needs no mask; without, it has to be told."""
-    told = shape.padded or shape.packed or not is_fake(next(model.parameters()))
-    return nullcontext() if told else unmasked(model)
+    """With numbers, transformers sees whether a batch needs a mask; without, it has to be told."""
+    told = shape.packed or not is_fake(next(model.parameters()))
+    return nullcontext() if told else masks_known(model, padded=shape.padded)
 
 
 def _set_gradients(parameters: Iterable[Tensor], *, present: bool) -> None:
@@ -113,7 +114,6 @@ def micro_loss(model: Any, batch: dict[str, Tensor], how: Arithmetic) -> Tensor:
         out = model(**batch, use_cache=False)
         if how.reads_logits:
             with torch.no_grad():
-                logits = out.logits.float() if how.bf16 else out.logits
-                logits[..., :-1, :].contiguous().argmax(-1)
+                read_for_metrics(out.logits.float() if how.bf16 else out.logits)
         loss: Tensor = out.loss
         return loss

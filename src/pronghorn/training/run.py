@@ -226,7 +226,8 @@ def _loop(
     finally:
         if loop is not None:
             loop.close()
-    if material.acceleration is not None and (counted := material.acceleration.fallbacks()):
+    counted = material.acceleration.fallbacks() if material.acceleration is not None else {}
+    if counted and ranks.is_first():
         for kind, reasons in add_fallbacks(folder.manifest, counted).items():
             why = "; ".join(f"{calls}: {reason}" for reason, calls in reasons.items())
             narrator.say(f"calls that ran the original {kind}: {why}")

@@ -110,7 +110,8 @@ class Stage:
         try:
             with _quiet(), self._depth.only(self._depth.rehearsed):
                 if self.config.training.accelerate:
-                    self.report = accelerate_shapes(self.model, self._shapes)
+                    tile = self.config.training.mlp_tile_tokens
+                    self.report = accelerate_shapes(self.model, self._shapes, tile)
                     if self.report.model_check.startswith("nothing done"):
                         self.upper = self.report.model_check
                 self._fused = add_fused_head(base)

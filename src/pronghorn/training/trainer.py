@@ -332,3 +332,11 @@ def add_fused_head(base: Any) -> bool:
         return False
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     return True
+
+
+def read_for_metrics(logits: Any) -> None:
+    """What TRL's trainer computes of the logits where it has no fused head: entropy, then accuracy."""
+    from trl.trainer.utils import entropy_from_logits
+
+    entropy_from_logits(logits)
+    logits[..., :-1, :].contiguous().argmax(-1)
