@@ -395,6 +395,7 @@ def _save_pretrained_merged(
     *,
     overwrite: bool = False,
     onto: Onto = "decoded",
+    text_only: bool = False,
     rows: str | Path | None = None,
     **other: Any,
 ) -> Any:
@@ -404,6 +405,7 @@ def _save_pretrained_merged(
     The merge goes from files to files and is verified in a fresh process; what was done, and what was lost in
     rounding, is printed and returned. ``overwrite`` replaces a folder. Of a base in 4-bit: ``onto`` says onto
     which values, and ``rows``, a file as for training, on what the drift from the trained model is measured.
+    ``text_only`` writes of a multimodal base its language model alone.
 
     Raises:
         ConfigError, NotSupportedError: an unknown save_method or keyword.
@@ -416,7 +418,7 @@ def _save_pretrained_merged(
         raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
     if save_method == "lora" and hasattr(self, "peft_config"):
         return save_adapter(self, save_directory, tokenizer=tokenizer)
-    return _export(self, save_directory, tokenizer, MergeFormat(save_method, onto), overwrite, rows)
+    return _export(self, save_directory, tokenizer, MergeFormat(save_method, onto, text_only=text_only), overwrite, rows)
 
 
 def _export(

@@ -197,7 +197,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _templates(folder: Path) -> Iterator[str]:
+def templates(folder: Path) -> Iterator[str]:
     """The chat templates of a folder, the one that counts first."""
     if (folder / TEMPLATE).is_file():
         yield (folder / TEMPLATE).read_text(encoding="utf-8")
@@ -210,7 +210,7 @@ def _templates(folder: Path) -> Iterator[str]:
 def _take_template(
     edits: FolderEdits, documents: dict[str, dict[str, Any]], base: Path, adapter: Path
 ) -> None:
-    theirs, ours = next(_templates(adapter), None), next(_templates(base), None)
+    theirs, ours = next(templates(adapter), None), next(templates(base), None)
     if theirs is None or theirs == ours:
         return
     if "chat_template" in documents.get(SETTINGS, {}):

@@ -35,6 +35,9 @@ def export(
     onto: Annotated[
         str, typer.Option(help="Of a base in 4-bit: the decoded values trained on, or the original ones.")
     ] = "decoded",
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Of a multimodal base: the language model alone.")
+    ] = False,
     llama_python: Annotated[
         Path | None,
         typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
@@ -54,7 +57,7 @@ def export(
         report = run(
             adapter,
             target,
-            format=MergeFormat(format_, onto, llama_python),  # type: ignore[arg-type]  # it checks itself
+            format=MergeFormat(format_, onto, llama_python, text_only),  # type: ignore[arg-type]  # it checks itself
             base=base,
             overwrite=overwrite,
             adapter_name=adapter_name,

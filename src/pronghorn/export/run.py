@@ -29,6 +29,7 @@ from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
 from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
+from pronghorn.export.text_only import check_text_class, keep_text_files, text_weights
 from pronghorn.export.vocabulary import merged_files, remove_quantization
 from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
@@ -66,7 +67,7 @@ def export(
             NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read alike; "lora",
             the adapter as it is and its tokenizer; "gguf-q8_0" and so on, files for llama.cpp and Ollama
             (``adapter`` may then be a whole model). A MergeFormat also says onto which values of a 4-bit
-            base.
+            base, and whether of a multimodal base only the language model is written.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -94,7 +95,9 @@ def export(
         found = original[0] if original else resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
-    job = Job(source, found, goal, overwrite, verify, progress, wanted.onto)
+    if wanted.text_only:
+        check_text_class(found)
+    job = Job(source, found, goal, overwrite, verify, progress, wanted.onto, wanted.text_only)
     with _disk_errors(goal):
         report = write(job)
     trained_on = original[1] if original else None
@@ -151,6 +154,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
 def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     adapter = read_adapter(job.adapter.path)
     base = base_weights(job.base, adapter.record, job.onto)
+    if job.text_only:
+        base = text_weights(base)
     weights = base.weights
     plan = plan_merge(weights, job.base.config, adapter, base.quantised)
     zero = _check_values(plan)
@@ -160,6 +165,9 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
         job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
     )
     remove_quantization(edits, job.base.path)
+    if job.text_only:
+        tied = plan.untied is None and "lm_head.weight" not in weights.tensors
+        keep_text_files(edits, job.base.path, tied=tied)
     if codes is not None:
         _add_quantisation(edits, codes, job.base.path)
     copied, left = small_files(job.base.path)

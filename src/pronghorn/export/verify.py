@@ -20,7 +20,7 @@ from pronghorn.errors import ConfigError, PronghornError, SourceError, Verificat
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
 from pronghorn.export.verify_engines import MEANING, EngineVerdict, as_json, engines_named, judge
-from pronghorn.export.verify_folder import ADAPTER_CONFIG, FLOATS, Folder, Promise, Row, without_quantization
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, FLOATS, Folder, Promise, Row, base_of, without_quantization
 from pronghorn.export.verify_gguf import check_gguf, gguf_files
 from pronghorn.export.verify_names import expected, tensors_agree
 from pronghorn.export.verify_readings import config_as_base, tokens_as_base
@@ -193,7 +193,9 @@ def verify(
 
 def check_files(folder: Path, base: Path | None) -> VerifyReport:
     """The shallow part: headers and JSON files only."""
-    view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
+    view = Folder(folder)
+    if base is not None and base != folder:
+        view = Folder(folder, base=base_of(view, base))
     if view.base is not None and (_in_4bit(view) or _in_4bit(view.base)):
         view = Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
     if view.is_adapter:

@@ -1,0 +1,135 @@
+"""Models with an image tower: merged in the base's own layout of names, or as their language model alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pronghorn.export.onto import MergeFormat
+from pronghorn.export.run import export
+from pronghorn.export.verify import verify
+from pronghorn.weights.folder import open_weights
+from tests import multimodal
+from tests.multimodal import BASES
+
+IDS = torch.arange(5, 69)[None]  # no token of an image
+TOLERANCE = 2e-5
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def check_logits(base: Path, adapter: Path, merged: Any) -> None:
+    """``merged`` computes what PEFT computes unmerged, and not what the base does; all in float32."""
+    wanted = logits(multimodal.load(base, adapter))
+    assert (wanted - logits(merged)).abs().max() < TOLERANCE
+    assert (wanted - logits(multimodal.load(base))).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "layout"), BASES)
+def test_every_layout_merges_and_stays(family: str, layout: str, tmp_path: Path) -> None:
+    base = multimodal.write_base(tmp_path / "base", family, layout, dtype=torch.float32)
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base)
+    report = export(adapter, tmp_path / "merged", verify=False)
+    assert report.tensors_merged == 14 and report.changes == ()
+    for one, other in zip(open_weights(base).shards, open_weights(tmp_path / "merged").shards, strict=True):
+        assert (one.path.name, one.prefix) == (other.path.name, other.prefix)
+    files = {path.name for path in base.iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == files
+    for name in (name for name in files if not name.endswith(".safetensors")):
+        assert (base / name).read_bytes() == (tmp_path / "merged" / name).read_bytes(), name
+    check_logits(base, adapter, multimodal.load(tmp_path / "merged"))
+
+
+# an adapter on the image tower
+TOWERS = {
+    "gemma3": r".*vision_tower\..*\.(q_proj|fc1)",
+    "mistral3": r".*vision_tower\..*\.(q_proj|gate_proj)|.*projector\.linear_1",
+    "qwen2_5_vl": r".*visual\..*\.(qkv|gate_proj)",
+    "qwen3_vl": r".*visual\..*\.(qkv|linear_fc1)",
+}
+
+
+OTHERS = [(layout, True) for layout in multimodal.LAYOUTS["gemma3"]]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "other"), [(*base, False) for base in BASES] + [("gemma3", *one) for one in OTHERS]
+)
+def test_an_adapter_on_the_tower_merges_too(family: str, layout: str, other: bool, tmp_path: Path) -> None:
+    """``other``: the names that Gemma 3's tower has in the other generation of transformers, a level apart."""
+    base = multimodal.write_base(tmp_path / "base", family, layout, dtype=torch.float32)
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base, target_modules=TOWERS[family])
+    wanted = multimodal.load(base, adapter).merge_and_unload().state_dict()
+    if other:
+        rename(adapter / "adapter_model.safetensors")
+    export(adapter, tmp_path / "merged", verify=False)
+    found = multimodal.load(tmp_path / "merged").state_dict()
+    assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
+
+
+def rename(adapter: Path) -> None:
+    """The tower's names of the other generation of transformers."""
+    level = "vision_tower.vision_model."
+    tensors = load_file(adapter)
+    has = any(level in name for name in tensors)
+    names = (level, "vision_tower.") if has else ("vision_tower.", level)
+    save_file({name.replace(*names): value for name, value in tensors.items()}, adapter)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("gemma3", "hub"), ("gemma3", "since 4.52"), ("qwen2_5_vl", "hub")]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_embedding_that_trains_gets_a_head_beside_it(family: str, layout: str, tmp_path: Path) -> None:
+    base = multimodal.write_base(tmp_path / "base", family, layout, dtype=torch.float32)
+    targets = ["language_model.embed_tokens", "language_model.layers.0.self_attn.q_proj"]
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base, target_modules=targets)
+    export(adapter, tmp_path / "merged", verify=False)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    head = {"gemma3hub": "language_model.lm_head.weight"}.get(family + layout, "lm_head.weight")
+    assert head in open_weights(tmp_path / "merged").tensors
+    check_logits(base, adapter, multimodal.load(tmp_path / "merged"))
+
+
+def test_an_untied_head_keeps_its_name(tmp_path: Path) -> None:
+    built = multimodal.model("gemma3", tie_word_embeddings=False)
+    base = multimodal.write_base(tmp_path / "base", built=built, dtype=torch.float32)
+    targets = multimodal.LANGUAGE + "|lm_head"
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base, target_modules=targets)
+    assert export(adapter, tmp_path / "merged", verify=False).tensors_merged == 15
+    assert "language_model.lm_head.weight" in open_weights(tmp_path / "merged").tensors
+    check_logits(base, adapter, multimodal.load(tmp_path / "merged"))
+
+
+TEXT_CLASSES = {"gemma3": "Gemma3ForCausalLM", "mistral3": "MistralForCausalLM"}
+
+
+@pytest.mark.parametrize(("family", "layout"), [base for base in BASES if base[0] in TEXT_CLASSES])
+def test_the_language_model_alone_is_a_folder_of_its_class(family: str, layout: str, tmp_path: Path) -> None:
+    base = multimodal.write_base(tmp_path / "base", family, layout, dtype=torch.float32)
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base)
+    report = export(adapter, tmp_path / "text", format=MergeFormat(text_only=True), verify=False)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "text", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(model).__name__ == TEXT_CLASSES[family]
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    check_logits(base, adapter, model)
+    names = {path.name for path in (tmp_path / "text").iterdir()}
+    assert not [name for name in names if "process" in name]
+    assert {"generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text")
+    assert tokenizer("a<b").input_ids == AutoTokenizer.from_pretrained(base)("a<b").input_ids
+    assert "preprocessor_config.json: left out" in report.changes
+    assert verify(tmp_path / "text", base=base).passed, str(verify(tmp_path / "text", base=base))
