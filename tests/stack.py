@@ -10,6 +10,7 @@ import peft
 import pytest
 import transformers
 from peft import LoraConfig
+from peft.tuners import lora
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,6 +18,8 @@ from tests import tiny
 
 # PEFT 0.17 has no way to adapt a tied embedding and keep it one tensor with the head
 PEFT_KEEPS_TIED = "ensure_weight_tying" in {field.name for field in dataclasses.fields(LoraConfig)}
+# from 0.18 PEFT multiplies the update of an embedding by the scale that Gemma's embeddings have
+PEFT_SCALES_EMBEDDINGS = hasattr(lora.Embedding, "_get_embed_scale")
 
 
 def experts_are_stacked() -> bool:

@@ -418,7 +418,9 @@ def _save_pretrained_merged(
         raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
     if save_method == "lora" and hasattr(self, "peft_config"):
         return save_adapter(self, save_directory, tokenizer=tokenizer)
-    return _export(self, save_directory, tokenizer, MergeFormat(save_method, onto, text_only=text_only), overwrite, rows)
+    return _export(
+        self, save_directory, tokenizer, MergeFormat(save_method, onto, text_only=text_only), overwrite, rows
+    )
 
 
 def _export(

@@ -39,6 +39,13 @@ class FolderEdits:
     files: dict[str, bytes | None] = field(default_factory=dict)
     listed: list[str] = field(default_factory=list)
 
+    def document(self, base: Path, name: str) -> dict[str, Any]:
+        """A JSON file as it will be written; empty where there is none."""
+        edited = self.files.get(name)
+        if edited:
+            return dict(json.loads(edited))
+        return read_json(base / name) if (base / name).is_file() else {}
+
     def keep_changed(self, documents: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         """Take the documents that differ from what they were."""
         for name, document in documents.items():

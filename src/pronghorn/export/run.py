@@ -30,14 +30,13 @@ from pronghorn.export.portable import write_portable
 from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
 from pronghorn.export.text_only import check_text_class, keep_text_files, text_weights
-from pronghorn.export.vocabulary import merged_files, remove_quantization
+from pronghorn.export.vocabulary import for_both_generations, merged_files, remove_quantization
 from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_CONFIG,
-    read_json,
     resolve,
     resolve_base,
 )
@@ -168,6 +167,7 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     if job.text_only:
         tied = plan.untied is None and "lm_head.weight" not in weights.tensors
         keep_text_files(edits, job.base.path, tied=tied)
+    for_both_generations(edits, job.base.path)
     if codes is not None:
         _add_quantisation(edits, codes, job.base.path)
     copied, left = small_files(job.base.path)
@@ -243,8 +243,7 @@ def _check_values(plan: MergePlan) -> list[str]:
 
 
 def _add_quantisation(edits: FolderEdits, codes: Quantisation, base: Path) -> None:
-    edited = edits.files.get(BASE_CONFIG)
-    edits.files[BASE_CONFIG] = codes.edit(json.loads(edited) if edited else read_json(base / BASE_CONFIG))
+    edits.files[BASE_CONFIG] = codes.edit(edits.document(base, BASE_CONFIG))
     edits.listed.append(f"{BASE_CONFIG}: quantization_config added ({codes.scheme.layout})")
 
 

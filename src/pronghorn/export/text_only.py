@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +44,7 @@ def check_text_class(base: Source) -> None:
     text = base.config.get("text_config")
     if not isinstance(text, Mapping):
         raise NotSupportedError(
-            f"text_only: {base.name} is no multimodal model ({base.config.get('model_type')}): it is text only",
+            f"text_only: {base.name} is no multimodal model ({base.config.get('model_type')})",
             fix="leave text_only out",
         )
     if text.get("model_type") not in TEXT_CLASSES:
@@ -93,17 +92,17 @@ def _text_shard(shard: Shard, names: Mapping[str, str | None]) -> Shard:
 
 
 def keep_text_files(edits: FolderEdits, base: Path, *, tied: bool) -> None:
-    """Make the edits of a multimodal folder those of its language model: config.json, tokenizer, no processor.
+    """Make the edits of a multimodal folder those of its language model: config, tokenizer, no processor.
 
     Args:
         edits: what changes in the base's files; completed in place.
         base: the base's folder.
         tied: whether the folder stores no head of its own.
     """
-    config = _text_config(_current(edits, base, CONFIG), tied)
+    config = _text_config(edits.document(base, CONFIG), tied)
     edits.files[CONFIG] = dump(config)
     edits.listed.append(f"{CONFIG}: of the language model alone, {config['architectures'][0]}")
-    settings = _current(edits, base, SETTINGS)
+    settings = edits.document(base, SETTINGS)
     if settings.pop("processor_class", None) is not None:
         edits.files[SETTINGS] = dump(settings)
         edits.listed.append(f"{SETTINGS}: processor_class removed")
@@ -115,13 +114,6 @@ def keep_text_files(edits: FolderEdits, base: Path, *, tied: bool) -> None:
         if (base / name).is_file():
             edits.files[name] = None
             edits.listed.append(f"{name}: left out")
-
-
-def _current(edits: FolderEdits, base: Path, name: str) -> dict[str, Any]:
-    edited = edits.files.get(name)
-    if edited:
-        return dict(json.loads(edited))
-    return read_json(base / name) if (base / name).is_file() else {}
 
 
 def _text_config(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:

@@ -20,7 +20,15 @@ from pronghorn.errors import ConfigError, PronghornError, SourceError, Verificat
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
 from pronghorn.export.verify_codes import codes_complete
 from pronghorn.export.verify_engines import MEANING, EngineVerdict, as_json, engines_named, judge
-from pronghorn.export.verify_folder import ADAPTER_CONFIG, FLOATS, Folder, Promise, Row, base_of, without_quantization
+from pronghorn.export.verify_folder import (
+    ADAPTER_CONFIG,
+    FLOATS,
+    Folder,
+    Promise,
+    Row,
+    base_of,
+    without_quantization,
+)
 from pronghorn.export.verify_gguf import check_gguf, gguf_files
 from pronghorn.export.verify_names import expected, tensors_agree
 from pronghorn.export.verify_readings import config_as_base, tokens_as_base

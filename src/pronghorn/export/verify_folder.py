@@ -221,7 +221,7 @@ class Folder:
 
 
 class LanguageModel(Folder):
-    """The language model inside a multimodal folder: its part of config.json, its tensors by its own names."""
+    """The language model of a multimodal folder: its part of config.json, its tensors by its own names."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
