@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": 3,
 }
 _HEAD = {"head_dim": 32}
+_NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 _TOWER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
 _IMAGE = {"image_size": 16, "patch_size": 8, "num_channels": 3}
 _QWEN_TOWER = {
@@ -137,11 +139,21 @@ def require(family: str, layout: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} looks for the tower a level deeper")
 
 
-def model(family: str, *, seed: int = 0, **both: Any) -> Any:
-    """A float32 model in memory; nothing is a no-op. ``both``: of the whole and of the language model."""
+def model(
+    family: str,
+    *,
+    seed: int = 0,
+    text: Mapping[str, Any] = _NO_SETTINGS,
+    both: Mapping[str, Any] = _NO_SETTINGS,
+) -> Any:
+    """A float32 model in memory; nothing is a no-op.
+
+    ``text`` are further settings of the language model, ``both`` of it and of the whole.
+    """
     torch.manual_seed(seed)
-    text, rest = FAMILIES[family]
-    config = AutoConfig.for_model(family, text_config={**_TEXT, **text, **both}, **{**rest, **both})
+    language, rest = FAMILIES[family]
+    language = {**_TEXT, **language, **text, **both}
+    config = AutoConfig.for_model(family, text_config=language, **{**rest, **both})
     built = AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

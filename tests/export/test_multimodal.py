@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pronghorn.errors import ConfigError, ExportError, NotSupportedError
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.repair import repair
 from pronghorn.export.run import export
@@ -112,7 +113,7 @@ def test_a_tied_embedding_that_trains_gets_a_head_beside_it(family: str, layout:
 
 
 def test_an_untied_head_keeps_its_name(tmp_path: Path) -> None:
-    built = multimodal.model("gemma3", tie_word_embeddings=False)
+    built = multimodal.model("gemma3", both={"tie_word_embeddings": False})
     base = multimodal.write_base(tmp_path / "base", built=built, dtype=torch.float32)
     targets = multimodal.LANGUAGE + "|lm_head"
     adapter = multimodal.write_adapter(tmp_path / "adapter", base, target_modules=targets)
@@ -200,3 +201,67 @@ def test_what_engines_make_of_a_tower_is_told_and_put_right(tmp_path: Path) -> N
     assert "preprocessor_config.json is missing" in str(verify(tmp_path / "without").engine("vllm"))
     again = repair(tmp_path / "without", tmp_path / "again", base=tmp_path / "repaired")
     assert again.report.engine("vllm").outcome == "right"
+
+
+@pytest.mark.slow
+def test_a_config_of_the_hub_that_leaves_most_to_its_class(tmp_path: Path) -> None:
+    """Gemma 3's config.json states neither vocab_size nor heads: both folders are verified in full."""
+    defaults = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    text = {"hidden_size": 64, "num_hidden_layers": 6, "layer_types": None, "query_pre_attn_scalar": 256}
+    special = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+    built = multimodal.model(
+        "gemma3", text={**defaults, **text, **special, "max_position_embeddings": 131_072}
+    )
+    base = multimodal.write_base(tmp_path / "base", "gemma3", built=built)
+    path = base / "config.json"
+    config = json.loads(path.read_text())
+    stated = {key: config["text_config"][key] for key in ("hidden_size", "intermediate_size", "model_type")}
+    stated |= {"num_hidden_layers": 6, "sliding_window": 32}
+    kept = ("architectures", "model_type", "mm_tokens_per_image", "torch_dtype", "vision_config")
+    named = {key: config[key] for key in kept} | {"eos_token_id": [1, 3], "text_config": stated}
+    path.write_text(json.dumps(named))
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base)
+    assert export(adapter, tmp_path / "merged").verified
+    assert export(adapter, tmp_path / "text", format=MergeFormat(text_only=True)).verified
+    written = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert written == {
+        **stated, "architectures": ["Gemma3ForCausalLM"], "eos_token_id": [1, 3],
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def test_text_only_is_refused_where_there_is_no_language_model_of_its_own(tmp_path: Path) -> None:
+    format_ = MergeFormat(text_only=True)
+    base = tiny.write_base(tmp_path / "llama")
+    with pytest.raises(NotSupportedError, match=r"llama is no multimodal model \(llama\)"):
+        export(tiny.write_adapter(tmp_path / "a", base), tmp_path / "out", format=format_)
+    base = multimodal.write_base(tmp_path / "qwen", "qwen2_5_vl")
+    adapter = multimodal.write_adapter(tmp_path / "b", base)
+    with pytest.raises(NotSupportedError, match=r"\(qwen2_5_vl_text\) has no class without the image tower"):
+        export(adapter, tmp_path / "out", format=format_)
+    with pytest.raises(ConfigError, match=r"text_only is for the format merged_16bit, not for w4a16"):
+        MergeFormat("w4a16", text_only=True)
+    base = multimodal.write_base(tmp_path / "gemma")
+    adapter = multimodal.write_adapter(tmp_path / "c", base)
+    file = next(base.glob("model-00001*"))
+    extra = {**load_file(file), "audio_tower.x": torch.ones(1)}
+    save_file(extra, file, {"format": "pt"})
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"]["audio_tower.x"] = file.name
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=r"audio_tower\.x of the base is neither of the language model nor"):
+        export(adapter, tmp_path / "out", format=format_)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_processor_s_chat_template_stays_with_the_text(tmp_path: Path) -> None:
+    """Older folders have it in chat_template.json alone, which tokenizers do not read."""
+    base = multimodal.write_base(tmp_path / "base")
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base)
+    report = export(adapter, tmp_path / "text", format=MergeFormat(text_only=True), verify=False)
+    assert "chat_template.jinja: the processor's" in report.changes
+    assert AutoTokenizer.from_pretrained(tmp_path / "text").chat_template == template
+    assert not (tmp_path / "text" / "chat_template.json").exists()
