@@ -155,7 +155,7 @@ class FastLanguageModel:
                 inputs in host memory, "auto" for as much of it as the free memory asks for.
             revision: branch, tag or commit of a hub model.
             random_state: seed of an adapter attached later.
-            text_only: only text models can be loaded.
+            text_only: rows are text; of a model with an image tower the language model trains.
             base: for an adapter, where its base is now.
             accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
             **other: other names of this kind are refused with the reason.
@@ -173,7 +173,9 @@ class FastLanguageModel:
                 "rope_scaling cannot be changed at load", fix="set it in the model's config.json"
             )
         if not text_only:
-            raise NotSupportedError("text_only=False: only text models can be loaded", fix="leave it out")
+            raise NotSupportedError(
+                "text_only=False: rows with images are not trained on", fix="leave it out"
+            )
         options = LoadOptions(
             max_seq_length=max_seq_length,
             dtype=dtype,

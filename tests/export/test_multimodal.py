@@ -243,6 +243,8 @@ def test_text_only_is_refused_where_there_is_no_language_model_of_its_own(tmp_pa
         MergeFormat("w4a16", text_only=True)
     base = multimodal.write_base(tmp_path / "gemma")
     adapter = multimodal.write_adapter(tmp_path / "c", base)
+    with pytest.raises(NotSupportedError, match="merged_4bit of a multimodal model is not proven"):
+        export(adapter, tmp_path / "out", format="merged_4bit")
     file = next(base.glob("model-00001*"))
     extra = {**load_file(file), "audio_tower.x": torch.ones(1)}
     save_file(extra, file, {"format": "pt"})

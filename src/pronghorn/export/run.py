@@ -204,6 +204,10 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
 
 def _packed(job: Job) -> ExportReport:
     """The merged model, verified in 16-bit and then written in NF4."""
+    if "vision_config" in job.base.config:
+        raise NotSupportedError(
+            "merged_4bit of a multimodal model is not proven", fix="use merged_16bit, or --text-only with it"
+        )
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:

@@ -59,11 +59,12 @@ def vllm_promises(folder: Path, python: Path) -> tuple[Row, ...]:
 
 
 def _truth(view: Folder) -> Truth:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     # as people get it: by model type, where vLLM goes by the class that architectures names
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(view.path, **options).eval()
+    kind = AutoModelForImageTextToText if "vision_config" in view.config else AutoModelForCausalLM
+    model = kind.from_pretrained(view.path, **options).eval()
     tokenizer = None
     if "tokenizer_config.json" in view.names:
         tokenizer = AutoTokenizer.from_pretrained(view.path, local_files_only=True)
