@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_where_it_was(
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(path), str(root)], cwd=Path(__file__).parents[2]
     )
-    while child.poll() is None and len(list((root / "pronghorn").glob(".part-*/*.tally"))) < 3:
+    while child.poll() is None and len(list((root / "pronghorn").glob(".part-*/[!.]*.tally"))) < 3:
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from pronghorn.data import preference
 from pronghorn.data.formats import RowError, detect_format, layouts
 from pronghorn.data.options import FORMATS, DataOptions, Format
 from pronghorn.data.report import SHOWN
 from pronghorn.data.rows import BadRow, Row, Source
+from pronghorn.data.tally import Tally
 from pronghorn.data.templates import ChatTemplate, choose_template
 from pronghorn.errors import DataError
+
+T = TypeVar("T")
 
 _CHAT_LAYOUTS = ("messages", "conversations", "instruction")
 
@@ -75,6 +79,28 @@ def renamed(row: Row, options: DataOptions) -> Row:
     if not options.rename:
         return row
     return replace(row, value={options.rename.get(name, name): value for name, value in row.value.items()})
+
+
+def usable(
+    rows: Iterable[Row | BadRow], layout: Format, options: DataOptions, tally: Tally, read: Callable[[Row], T]
+) -> Iterator[tuple[Row, T]]:
+    """Every row that says what to train on, with what ``read`` makes of it; the others are counted as bad.
+
+    Raises:
+        DataError: a row has another layout than the first one.
+    """
+    for row in rows:
+        tally.rows_read += 1
+        if isinstance(row, BadRow):
+            tally.add_bad(row)
+            continue
+        row = renamed(row, options)
+        if options.format == "auto":
+            refuse_mixed(row, layout)
+        try:
+            yield row, read(row)
+        except RowError as error:
+            tally.add_bad(row.bad(error.field, error.reason))
 
 
 def refuse_mixed(row: Row, layout: Format) -> None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-from pronghorn.data.checks import run_checks
 from pronghorn.data.formats import RowError
 from pronghorn.data.isolated import IsolatedTemplate
-from pronghorn.data.layout import find_template, refuse_mixed, renamed
+from pronghorn.data.layout import find_template, usable
 from pronghorn.data.options import DataOptions, Format
 from pronghorn.data.preference import Compared, to_compared
 from pronghorn.data.preference_tokens import EncodedAnswers, encode_answers
-from pronghorn.data.prepare import held_out
+from pronghorn.data.prepare import held_out, report_of
 from pronghorn.data.report import Answers, DataReport
-from pronghorn.data.rows import BadRow, Row, Source
+from pronghorn.data.rows import Row, Source
 from pronghorn.data.store import content_hash
 from pronghorn.data.tally import PartTally, Tally, row_hash
-from pronghorn.data.templates import ChatTemplate, Renderer
+from pronghorn.data.templates import Renderer
 from pronghorn.data.tokens import Encoder, check_tokenizer
-from pronghorn.data.work import BATCH, SERVED_ALIKE
+from pronghorn.data.work import BATCH, SERVED_ALIKE, Job
 from pronghorn.errors import DataError
 
 _Numbered = tuple[Row, Compared]
@@ -60,7 +60,8 @@ def examine_preferences(
     _refuse_options(options, layout)
     check_tokenizer(tokenizer)
     template = find_template(layout, [*train, *held], tokenizer, options)
-    work = _Work(layout, options, template, max_length)
+    job = Job(tokenizer, template, layout, options, max_length)
+    work = _Work(job)
     with ExitStack() as stack:
         renderer: Renderer | None = template
         if template is not None and template.plain and options.isolate:
@@ -71,30 +72,10 @@ def examine_preferences(
     aside = set(chosen)
     rows = [row for index, row in enumerate(trained.rows) if index not in aside]
     held_rows = [trained.rows[index] for index in chosen] + evaluated.rows
-    tally = work.tally
-    report = DataReport(
-        format=layout,
-        sources=(*options.train, *options.eval),
-        rows_read=tally.rows_read,
-        train_rows=len(rows),
-        eval_rows=len(held_rows),
-        bad=tally.bad,
-        bad_rows=tuple(tally.bad_rows),
-        dropped=tally.dropped.places(),
-        truncated=tally.truncated.places(),
-        truncated_tokens=tally.truncated_tokens,
-        rewritten=tally.flagged["rewritten"].places(),
-        max_length=max_length,
-        longest=tally.longest,
-        histogram=tally.histogram(),
-        tokens=tally.tokens,
-        trained_tokens=tally.trained_tokens,
-        checks=run_checks(tally, trained.tally, evaluated.tally, tokenizer, template, layout),
-        data_hash=content_hash([*train, *held]),
-        template=template.origin if template else None,
-        template_hash=template.hash if template else None,
-        answers=work.answers(),
+    report = report_of(
+        job, (work.tally, trained.tally, evaluated.tally), len(chosen), content_hash([*train, *held])
     )
+    report = replace(report, answers=work.answers())
     return Examined(rows, held_rows, report, Encoder(tokenizer, template, options, max_length))
 
 
@@ -115,13 +96,8 @@ class _Part:
 class _Work:
     """All parts through one encoder, counted in one tally."""
 
-    def __init__(
-        self, layout: Format, options: DataOptions, template: ChatTemplate | None, max_length: int
-    ) -> None:
-        self.layout = layout
-        self.options = options
-        self.template = template
-        self.max_length = max_length
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.tally = Tally()
         self._served = 0
         self._pairs = set[tuple[int, int]]()
@@ -150,24 +126,14 @@ class _Work:
     def answers(self) -> Answers | None:
         """Lengths of the answers of all rows, for rows that have them."""
         rows = self._rows
-        if not rows or self.layout != "preference":
+        if not rows or self.job.layout != "preference":
             return None
         return Answers(self._tokens[0] / rows, self._tokens[1] / rows, self._longer / rows)
 
     def _samples(self, source: Source) -> Iterator[_Numbered]:
-        for row in source.read():
-            self.tally.rows_read += 1
-            if isinstance(row, BadRow):
-                self.tally.add_bad(row)
-                continue
-            row = renamed(row, self.options)
-            if self.options.format == "auto":
-                refuse_mixed(row, self.layout)
-            try:
-                chat = self.template is not None
-                yield row, to_compared(row, self.layout, chat=chat, system=self.options.system)
-            except RowError as error:
-                self.tally.add_bad(row.bad(error.field, error.reason))
+        layout, options = self.job.layout, self.job.options
+        read = partial(to_compared, layout=layout, chat=self.job.template is not None, system=options.system)
+        return usable(source.read(), layout, options, self.tally, read)
 
     def _keeps(self, row: Row, encoded: EncodedAnswers) -> bool:
         """Count lengths; False for a row that has an empty answer, or no room for one."""
@@ -178,8 +144,8 @@ class _Work:
         if empty and not encoded.cut:
             tally.flagged["masked"].add(place)
             return False
-        no_room = not encoded.answers and encoded.full_length >= self.max_length
-        if empty or no_room or (encoded.cut and self.options.too_long == "drop"):
+        no_room = not encoded.answers and encoded.full_length >= self.job.max_length
+        if empty or no_room or (encoded.cut and self.job.options.too_long == "drop"):
             tally.dropped.add(place)
             return False
         if encoded.cut:
@@ -209,13 +175,14 @@ class _Work:
 
     def _served_alike(self, row: Compared, encoded: EncodedAnswers) -> bool:
         """Whether ``apply_chat_template`` gives the same ids, as a server and TRL call it."""
-        assert self.template is not None
+        template, limit = self.job.template, self.job.max_length
+        assert template is not None
         asked: Any = row.prompt
         if not row.answers:
-            return self.template.ids(asked, row.tools, prompt=True)[: self.max_length] == encoded.prompt
+            return template.ids(asked, row.tools, prompt=True)[:limit] == encoded.prompt
         wholes: list[Any] = [asked + answer for answer in row.answers.values()]
         return all(
-            self.template.ids(whole, row.tools)[: self.max_length] == encoded.prompt + ids
+            template.ids(whole, row.tools)[:limit] == encoded.prompt + ids
             for whole, ids in zip(wholes, encoded.answers, strict=True)
         )
 

@@ -86,28 +86,7 @@ def examine_sources(
     with folder_for(target, resume=options.cache) as folder:
         tally, trained, evaluated = _tokenise(job, folder, train, held, say)
         chosen = held_out(trained.hashes, options.eval_fraction, options.seed)
-        report = DataReport(
-            format=layout,
-            sources=(*options.train, *options.eval),
-            rows_read=tally.rows_read,
-            train_rows=len(trained.hashes) - len(chosen),
-            eval_rows=len(evaluated.hashes) + len(chosen),
-            bad=tally.bad,
-            bad_rows=tuple(tally.bad_rows),
-            dropped=tally.dropped.places(),
-            truncated=tally.truncated.places(),
-            truncated_tokens=tally.truncated_tokens,
-            rewritten=tally.flagged["rewritten"].places(),
-            max_length=max_length,
-            longest=tally.longest,
-            histogram=tally.histogram(),
-            tokens=tally.tokens,
-            trained_tokens=tally.trained_tokens,
-            checks=run_checks(tally, trained, evaluated, tokenizer, template, layout),
-            data_hash=data_hash,
-            template=template.origin if template else None,
-            template_hash=template.hash if template else None,
-        )
+        report = report_of(job, (tally, trained, evaluated), len(chosen), data_hash)
         (folder / "held_out.json").write_text(json.dumps(chosen))
         if budget:
             packing = write_bins(_rows(folder)[0], folder / "bins.arrow", budget, options.seed)
@@ -115,6 +94,36 @@ def examine_sources(
         (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1))
         folder = keep(folder, target)
     return _load(folder, cached=False)
+
+
+def report_of(job: Job, counts: tuple[Tally, PartTally, PartTally], aside: int, data_hash: str) -> DataReport:
+    """The account of all rows: ``counts`` of all, of those to train and of those to evaluate on.
+
+    ``aside``: rows to train on that were set aside to evaluate on.
+    """
+    (tally, trained, evaluated), template = counts, job.template
+    return DataReport(
+        format=job.layout,
+        sources=(*job.options.train, *job.options.eval),
+        rows_read=tally.rows_read,
+        train_rows=len(trained.hashes) - aside,
+        eval_rows=len(evaluated.hashes) + aside,
+        bad=tally.bad,
+        bad_rows=tuple(tally.bad_rows),
+        dropped=tally.dropped.places(),
+        truncated=tally.truncated.places(),
+        truncated_tokens=tally.truncated_tokens,
+        rewritten=tally.flagged["rewritten"].places(),
+        max_length=job.max_length,
+        longest=tally.longest,
+        histogram=tally.histogram(),
+        tokens=tally.tokens,
+        trained_tokens=tally.trained_tokens,
+        checks=run_checks(tally, trained, evaluated, job.tokenizer, template, job.layout),
+        data_hash=data_hash,
+        template=template.origin if template else None,
+        template_hash=template.hash if template else None,
+    )
 
 
 def _tokenise(

@@ -16,9 +16,9 @@ from typing import Any
 from pronghorn.data.chunks import Chunk
 from pronghorn.data.formats import Chat, RowError, Sample, to_sample
 from pronghorn.data.isolated import IsolatedTemplate
-from pronghorn.data.layout import refuse_mixed, renamed
+from pronghorn.data.layout import usable
 from pronghorn.data.options import DataOptions, Format
-from pronghorn.data.rows import BadRow, Row
+from pronghorn.data.rows import Row
 from pronghorn.data.store import ArrowFile, keep_shard
 from pronghorn.data.tally import PartTally, Tally
 from pronghorn.data.templates import ChatTemplate, Renderer
@@ -100,19 +100,10 @@ class Work:
         keep_shard(self.folder, chunk.shard, self.tally, part)
 
     def _samples(self, chunk: Chunk) -> Iterator[tuple[Row, Sample]]:
-        """Every row that says what to train on; the others are counted as bad."""
-        for row in chunk.rows():
-            self.tally.rows_read += 1
-            if isinstance(row, BadRow):
-                self.tally.add_bad(row)
-                continue
-            row = renamed(row, self.options)
-            if self.options.format == "auto":
-                refuse_mixed(row, self.job.layout)
-            try:
-                yield row, to_sample(row, self.job.layout, self.options.system)
-            except RowError as error:
-                self.tally.add_bad(row.bad(error.field, error.reason))
+        layout, system = self.job.layout, self.options.system
+        return usable(
+            chunk.rows(), layout, self.options, self.tally, lambda row: to_sample(row, layout, system)
+        )
 
     def _encoded(self, samples: Iterator[tuple[Row, Sample]]) -> Iterator[tuple[_Batch, _Results]]:
         """Batches with their rows, in order; while one is used the next are being encoded.

@@ -53,9 +53,12 @@ def needed_bytes(folder: Folder) -> int:
     return weights * 5 // 4 + 512 * _MIB
 
 
-def load_model(folder: Path, **placing: Any) -> Any:
-    """The class named in config.json, float32, eager attention (the plainest code there is), on CPU."""
-    found = model_class(folder)
+def load_model(folder: Path, kind: Any = None, **placing: Any) -> Any:
+    """The class named in config.json, float32, eager attention (the plainest code there is), on CPU.
+
+    ``kind``: another class to load it with.
+    """
+    found = kind or model_class(folder)
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     return found.from_pretrained(folder, **options, **placing).eval()
 

@@ -62,9 +62,8 @@ def _truth(view: Folder) -> Truth:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     # as people get it: by model type, where vLLM goes by the class that architectures names
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     kind = AutoModelForImageTextToText if "vision_config" in view.config else AutoModelForCausalLM
-    model = kind.from_pretrained(view.path, **options).eval()
+    model = verify_model.load_model(view.path, kind)
     tokenizer = None
     if "tokenizer_config.json" in view.names:
         tokenizer = AutoTokenizer.from_pretrained(view.path, local_files_only=True)

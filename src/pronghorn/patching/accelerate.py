@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from pronghorn.adapters.origin import base_of
 from pronghorn.errors import ConfigError, NotSupportedError
 from pronghorn.memory.layers import RecomputeSwitch, make_plan
+from pronghorn.ops.experts import ExpertsForm
 from pronghorn.patching import attentions, experts, head, linears, mlps, norms
 from pronghorn.patching.adapted import is_adapted, is_adapted_parameter, linear_shape, lora_part
 from pronghorn.patching.forwards import Declined, InstanceForward, blocked
 from pronghorn.patching.mlps import MlpForm
+from pronghorn.patching.norms import NormForward
 from pronghorn.patching.places import PlacesSwitch
 from pronghorn.patching.proof import Build, Verdict, prove
 from pronghorn.patching.report import REPLACEABLE, Choice, Part, PatchReport
@@ -194,15 +196,18 @@ class Prover:
             return why, []
         if not norms.is_norm(module):
             return "has no epsilon among its attributes, or more than two small parameters", []
-        fitted = norms.fit_norm(module, self.trace.shapes[name])
+        fitted = self._fit_norm(module, self.trace.shapes[name])
         if isinstance(fitted, Declined):
             return str(fitted), []
         forward, _ = fitted
 
         def build(clone: Any) -> list[InstanceForward]:
-            return [norms.NormForward(clone, forward.form, forward.names, mixed=forward.mixed)]
+            return [NormForward(clone, forward.form, forward.names, mixed=forward.mixed)]
 
-        return self._prove(name, module, build, [forward])
+        return self._prove(name, module, build, build(module))
+
+    def _fit_norm(self, module: nn.Module, shape: tuple[int, ...]) -> tuple[NormForward, str] | Declined:
+        return norms.fit_norm(module, shape)
 
     def mlps(self, tile: int | None) -> tuple[Chosen, set[str]]:
         """Every MLP, and the names of the linears inside those that are replaced."""
@@ -253,6 +258,11 @@ class Prover:
             return str(form), []
         if name not in self.trace.routed:
             return self._unreachable(name) or "called with more than states, choices and weights", []
+        return self._prove_experts(name, inner, form, tile)
+
+    def _prove_experts(
+        self, name: str, inner: str, form: ExpertsForm | None, tile: int | None
+    ) -> tuple[str, list[InstanceForward]]:
         width, choices = self.trace.routed[name]
         module = self.modules[name]
         base: Any = self.modules[inner]

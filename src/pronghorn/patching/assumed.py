@@ -17,6 +17,7 @@ from torch import nn
 
 from pronghorn.adapters.origin import base_of
 from pronghorn.memory.shapes_only import ShapesOnly
+from pronghorn.ops.experts import ExpertsForm
 from pronghorn.patching import experts, mlps, norms
 from pronghorn.patching.accelerate import Prover, find_and_replace, put_recompute
 from pronghorn.patching.adapted import linear_shape, lora_part
@@ -34,25 +35,18 @@ LEAST_WIDTH = 8
 class ShapeProver(Prover):
     """Fits what can be fitted on small copies and takes the rest as proven."""
 
-    def _norm(self, name: str, module: nn.Module) -> tuple[str, list[InstanceForward]]:
-        if (why := self._unreachable(name)) is not None or not norms.is_norm(module):
-            return why or "is no norm that can be probed", []
-        fitted = norms.fit_norm(_real(module), self.trace.shapes[name])
-        if isinstance(fitted, Declined):
-            return str(fitted), []
-        found, _ = fitted
-        return ASSUMED, [norms.NormForward(module, found.form, found.names, mixed=found.mixed)]
+    def _fit_norm(
+        self, module: nn.Module, shape: tuple[int, ...]
+    ) -> tuple[norms.NormForward, str] | Declined:
+        return norms.fit_norm(_real(module), shape)
 
     def _fit_mlp(self, module: nn.Module, shape: tuple[int, ...]) -> mlps.MlpForm | Declined:
         narrow, by = _narrow(module)
         return mlps.fit_mlp(narrow, (*shape[:-1], shape[-1] // by))
 
-    def _experts(self, name: str, inner: str, tile: int | None) -> tuple[str, list[InstanceForward]]:
-        form = experts.fit_experts(self.modules[inner])
-        if isinstance(form, Declined):
-            return str(form), []
-        if name not in self.trace.routed:
-            return self._unreachable(name) or "called with more than states, choices and weights", []
+    def _prove_experts(
+        self, name: str, inner: str, form: ExpertsForm | None, tile: int | None
+    ) -> tuple[str, list[InstanceForward]]:
         return ASSUMED, [experts.ExpertsForward(self.modules[name], form, tile)]
 
     def _prove(
