@@ -20,7 +20,6 @@ TEXT_CLASSES: Mapping[str, str] = MappingProxyType(
     {
         "gemma3_text": "Gemma3ForCausalLM",
         "mistral": "MistralForCausalLM",
-        "ministral3": "Ministral3ForCausalLM",
     }
 )
 
