@@ -10,6 +10,7 @@ count. Writes benchmarks/results/merge.md and merge.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -18,13 +19,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 2048, 5632, 32000, 16
 
-# each prints one line of JSON: seconds, and extra peak memory over what the imports needed
+# each prints "begin" after its imports and then one line of JSON: seconds, and extra peak memory since
 COMMON = """
 import json, os, sys, time, resource, shutil
 from pathlib import Path
@@ -33,33 +35,36 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def sync(folder):
     for path in [*folder.rglob("*"), folder]:
         fd = os.open(path, os.O_RDONLY); os.fsync(fd); os.close(fd)
-clock = time.process_time()
-def done(start, before):
-    used = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - clock}
+def cpu(): return sum(os.times()[:4])
+def begin():
+    print("begin", flush=True); time.sleep(0.1)  # who measures from outside looks at what imports hold
+    return peak(), time.perf_counter(), cpu()
+def done(before, start, clock):
+    used = {"seconds": time.perf_counter() - start, "cpu_seconds": cpu() - clock}
     print(json.dumps({**used, "extra_bytes": peak() - before}))
 """
 COPY = """
-before, start, clock = peak(), time.perf_counter(), time.process_time()
+begun = begin()
 shutil.copytree(base, target); sync(target)
-done(start, before)
+done(*begun)
 """
 OURS = """
 from pronghorn.export.run import export
 import torch; torch.ones(64, 64) @ torch.ones(64, 64)
-before, start, clock = peak(), time.perf_counter(), time.process_time()
+begun = begin()
 export(adapter, target, base=base, verify=False)
-done(start, before)
+done(*begun)
 """
 PEFT = """
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 torch.ones(64, 64) @ torch.ones(64, 64)
-before, start, clock = peak(), time.perf_counter(), time.process_time()
+begun = begin()
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
 model.save_pretrained(target, max_shard_size="500MB"); sync(target)
-done(start, before)
+done(*begun)
 """
 WAYS = {"copy + sync": COPY, "pronghorn": OURS, "PEFT load + merge + save": PEFT}
 
@@ -88,13 +93,55 @@ model.save_pretrained(adapter)
 """
 
 
-def run(code: str, *arguments: str | Path) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return dict(json.loads(done.stdout.strip().splitlines()[-1])) if done.stdout.strip() else {}
+def run(code: str, *arguments: str | Path, python: str | Path = sys.executable) -> dict[str, float]:
+    """Run a program of its own; returns what its last line says, and its peak of anonymous memory.
+
+    "anonymous_bytes" counts memory that no file stands behind, of the process and those it starts, above
+    what it held when it said "begin".
+    """
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaint:
+        command = [str(python), "-c", code, *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=said, stderr=complaint, start_new_session=True)
+        peak = _watch(process, said.fileno())
+        for file in (said, complaint):
+            file.seek(0)
+        if process.returncode:
+            raise SystemExit(complaint.read())
+        lines = said.read().strip().splitlines()
+    return {**json.loads(lines[-1]), "anonymous_bytes": peak} if lines else {}
+
+
+def _watch(process: subprocess.Popen[bytes], said: int) -> int:
+    before = peak = looked = 0
+    members = {process.pid}
+    while process.poll() is None:
+        now = sum(map(anonymous_bytes, members))
+        if b"begin" in os.pread(said, 2**16, 0):
+            before, peak = (now, now) if not before else (before, max(peak, now))
+        looked += 1
+        if looked % 25 == 0:  # looking through all processes takes longer than a sample
+            members |= group_members(process.pid)
+        time.sleep(0.004)
+    return peak - before
+
+
+def anonymous_bytes(process: int) -> int:
+    """Anonymous resident memory of a process; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def group_members(group: int) -> set[int]:
+    """The processes of a process group."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(place.name)) == group:
+                found.add(int(place.name))
+    return found
 
 
 def equal_tensors(one: Path, two: Path) -> tuple[int, int]:
@@ -136,16 +183,22 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("pronghorn", "torch", "transformers", "peft", "safetensors")}
 
 
-def measure(place: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
+def make(base: Path, adapter: Path, gigabytes: float) -> tuple[int, int]:
+    """Write the base and the adapter; returns the base's bytes and layers."""
     layer = 2 * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 4 + 3 * HIDDEN * INTERMEDIATE)
     layers = max(1, round((gigabytes * 1e9 - 4 * HIDDEN * VOCABULARY) / layer))
-    base, adapter = place / "base", place / "adapter"
     run(MAKE, base, adapter, *map(str, (layers, HIDDEN, INTERMEDIATE, VOCABULARY, RANK)))
     size = sum(path.stat().st_size for path in base.iterdir())
     print(
         f"base: {size / 1e9:.2f} GB, {len(list(base.glob('*.safetensors')))} shards, {layers} layers",
         flush=True,
     )
+    return size, layers
+
+
+def measure(place: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
+    base, adapter = place / "base", place / "adapter"
+    size, layers = make(base, adapter, gigabytes)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     kept = {name: place / name.split()[0] for name in WAYS}
     for number in range(rounds + 1):  # the first round fills the page cache and is not counted

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import parity_pairs
+from benchmarks.one_step import (
+    Found,
+    Recorder,
+    arguments_for_a_step,
+    evaluated_and_stepped,
+    gradient_of,
+    line,
+)
 from pronghorn.training.config import parse_config
 from pronghorn.training.manifest import run_versions
 from pronghorn.training.material import gather
@@ -40,6 +48,13 @@ from tests.training.conftest import write_rows
 
 RESULTS = Path(__file__).parent / "results" / "parity.md"
 FAMILIES = ("llama", "gemma3", "qwen3_moe")
+PAIRS = "Preference rows, llama"
+PAIRS_TEXT = """Rows of `rows_for_trl` through TRL's DPOTrainer, the reference being the model without
+its adapter. The truth is what each loss says of all pairs of the step at once. `sigmoid` and `ipo` are means
+over pairs; `sft`, here added to `sigmoid`, is a mean over the tokens of chosen answers. What it shows: TRL
+averages means of forward passes. That is the mean over pairs as long as all passes have equally many, and
+for evaluation always, for it weighs them. In a last step of 2 + 1 the pair alone counts twice. `sft` is
+another loss with every cut."""
 LIMIT = 48  # tokens of a row, and of a bin
 # name, passes in a step, rows or bins in a pass, rows, packed
 CUTS = (
@@ -51,28 +66,6 @@ CUTS = (
     ("partial step 3x1 of 8x1", 8, 1, 3, False),
     ("partial step 2+1 of 4x2", 4, 2, 3, False),
 )
-
-
-@dataclass
-class Found:
-    """What one way made of the rows: loss and evaluation in nats a token, gradient of the adapter."""
-
-    loss: float
-    gradient: torch.Tensor
-    evaluation: float | None
-
-
-class Recorder(transformers.TrainerCallback):
-    """Keeps the gradient as the optimizer gets it."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The gradients of all passes of the step are in; nothing is clipped."""
-        self.gradient = gradient_of(model)
-
-
-def gradient_of(model: Any) -> torch.Tensor:
-    named = sorted((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    return torch.cat([gradient.flatten().double() for _, gradient in named])
 
 
 def configuration(adapter: Path, rows: Path, folder: Path, cut: tuple[Any, ...]) -> dict[str, Any]:
@@ -127,21 +120,7 @@ def library(kind: Any) -> Callable[..., Found]:
     def run(base: Path, adapter: Path, path: Path, rows: Any, cut: tuple[Any, ...], folder: Path) -> Found:
         _, passes, batch, _, packed = cut
         recorder = Recorder()
-        options: dict[str, Any] = {
-            "output_dir": str(folder),
-            "per_device_train_batch_size": batch,
-            "per_device_eval_batch_size": batch,
-            "gradient_accumulation_steps": passes,
-            "max_steps": 1,
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-            "seed": 42,
-        }
+        options = arguments_for_a_step(folder, passes, batch)
         shared = {"train_dataset": rows, "eval_dataset": rows, "callbacks": [recorder]}
         model, tokenizer = loaded(base, adapter, torch.float32), tiny.tokenizer()
         if kind is trl.SFTTrainer:
@@ -158,10 +137,7 @@ def library(kind: Any) -> Callable[..., Found]:
             trainer = kind(
                 model=model, args=transformers.TrainingArguments(**options), data_collator=collator, **shared
             )
-        evaluation = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
-        return Found(loss, recorder.gradient, evaluation)
+        return evaluated_and_stepped(trainer, recorder)
 
     return run
 
@@ -192,18 +168,14 @@ def lines(family: str, folder: Path) -> Iterator[str]:
                 yield line(cut[0], name, way(base, adapter, path, rows, cut, target), truths[count])
 
 
-def line(cut: str, name: str, found: Found, truth: Found) -> str:
-    gradient = float((found.gradient - truth.gradient).norm() / truth.gradient.norm())
-    assert truth.evaluation is not None and found.evaluation is not None
-    cells = (found.loss / truth.loss - 1, gradient, found.evaluation / truth.evaluation - 1)
-    return f"| {cut} | {name} | {' | '.join(f'{abs(cell):.0e}' for cell in cells)} |"
-
-
 def report(body: dict[str, list[str]]) -> str:
     versions = run_versions()
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl"))
     head = "| cut | way | loss off by | gradient off by | evaluation off by |\n|---|---|---|---|---|\n"
-    tables = "\n".join(f"## {family}\n\n{head}" + "\n".join(rows) + "\n" for family, rows in body.items())
+    texts = {PAIRS: f"{PAIRS_TEXT}\n\n"}
+    tables = "\n".join(
+        f"## {name}\n\n{texts.get(name, '')}{head}" + "\n".join(rows) + "\n" for name, rows in body.items()
+    )
     return f"""# One loss, however the batch is cut
 
 One optimizer step over the same rows of uneven length, prompts not trained, as whole runs. Off by: relative
@@ -232,12 +204,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     body: dict[str, list[str]] = {}
-    for family in FAMILIES:
+    for name in (*FAMILIES, PAIRS):
         with tempfile.TemporaryDirectory() as folder:
-            body[family] = []
-            for text in lines(family, Path(folder)):
-                print(f"{family}: {text}", flush=True)
-                body[family].append(text)
+            body[name] = []
+            made = parity_pairs.lines(Path(folder)) if name == PAIRS else lines(name, Path(folder))
+            for text in made:
+                print(f"{name}: {text}", flush=True)
+                body[name].append(text)
     if not options.no_results:
         RESULTS.write_text(report(body), encoding="utf-8")
         print(json.dumps(run_versions()))

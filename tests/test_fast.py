@@ -156,11 +156,25 @@ def test_save_merged_keywords(
         model.save_pretrained_merged(tmp_path / "merged", **arguments)
 
 
-@pytest.mark.parametrize("name", ["push_to_hub_merged", "push_to_hub_gguf"])
+@pytest.mark.parametrize("name", ["push_to_hub_gguf", "save_pretrained_torchao"])
 def test_methods_that_do_not_exist_yet(base: Path, name: str) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(NotSupportedError, match=f"{name} is not available"):
         getattr(model, name)("somewhere", object())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        ({"create_pr": True}, NotSupportedError, "one commit to the main branch"),
+        ({"privat": True}, ConfigError, "no keyword 'privat'"),
+        ({"save_method": "16bit"}, ConfigError, "save_method is '16bit'"),
+    ],
+)
+def test_push_keywords(base: Path, arguments: dict[str, Any], kind: Any, said: str) -> None:
+    model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
+    with pytest.raises(kind, match=said):
+        model.push_to_hub_merged("owner/model", **arguments)
 
 
 def test_merging_without_an_adapter_or_files(base: Path, tmp_path: Path) -> None:

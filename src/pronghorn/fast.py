@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.options import ALL_LINEAR, DEFAULT_TARGETS, LoraOptions
@@ -27,6 +27,9 @@ from pronghorn.loading.options import LoadOptions
 from pronghorn.memory import recompute
 from pronghorn.patching.accelerate import RECOMPUTE_MODES
 from pronghorn.patching.accelerate import accelerate as accelerate_model
+
+if TYPE_CHECKING:
+    from pronghorn.serving.hub import Push
 
 DEFAULT_SEED = 3407
 Recompute = bool | Literal["unsloth", "auto"]
@@ -72,8 +75,8 @@ _PEFT_REFUSED: Mapping[str, _Refused] = MappingProxyType(
 )
 _SAVE_REFUSED: Mapping[str, _Refused] = MappingProxyType(
     {
-        "push_to_hub": _Refused((None, False), "nothing is uploaded", "upload the folder with `hf upload`"),
-        "token": _Refused((None,), "nothing is uploaded"),
+        "push_to_hub": _Refused((None, False), "nothing is uploaded by this call", "call push_to_hub_merged"),
+        "token": _Refused((None,), "nothing is uploaded by this call", "call push_to_hub_merged"),
         "max_shard_size": _Refused((None,), "the base's own shard layout is kept"),
         "maximum_memory_usage": _Refused((None,), "the merge streams and needs little memory"),
         "temporary_location": _Refused((None,), "nothing is spilled to a temporary folder"),
@@ -88,11 +91,23 @@ _GGUF_REFUSED: Mapping[str, _Refused] = MappingProxyType(
         **{name: rule for name, rule in _SAVE_REFUSED.items() if name not in ("state_dict", "variant")},
         "first_conversion": _Refused((None,), "the quantiser starts from the merged weights as they are"),
         "imatrix_file": _Refused((None,), "no importance matrix is used"),
-        "private": _Refused((None,), "nothing is uploaded"),
+        "push_to_hub": _Refused((None, False), "nothing is uploaded by this call", "run `pronghorn push`"),
+        "token": _Refused((None,), "nothing is uploaded by this call", "run `pronghorn push`"),
+        "private": _Refused((None,), "nothing is uploaded by this call", "run `pronghorn push`"),
         "merge_is_disposable": _Refused((None, True), "the merge is always removed",
                                         "call save_pretrained_merged to keep one"),
     }
 )  # fmt: skip
+_PUSH_REFUSED: Mapping[str, _Refused] = MappingProxyType(
+    {
+        **{name: rule for name, rule in _SAVE_REFUSED.items() if name not in ("push_to_hub", "token")},
+        "create_pr": _Refused((None, False), "one commit to the main branch is made"),
+        "revision": _Refused((None, "main"), "one commit to the main branch is made"),
+        "use_temp_dir": _Refused((None,), "save_directory says whether the folder stays"),
+        "commit_description": _Refused((None, ""), "the model card describes it", "use commit_message"),
+        "tags": _Refused((None,), "tags belong in the model card", "edit the card on the hub: it is kept"),
+    }
+)
 # names of Unsloth's that say a purpose instead of a kind; None is 16 bit in the model's own type
 _GGUF_PURPOSES: Mapping[str, str | None] = MappingProxyType(
     {
@@ -106,8 +121,7 @@ _GGUF_PURPOSES: Mapping[str, str | None] = MappingProxyType(
 # names notebooks call on a model, and what to do instead
 _REFUSED_METHODS: Mapping[str, str] = MappingProxyType(
     {
-        "push_to_hub_merged": "save_pretrained_merged(DIR), then `hf upload`",
-        "push_to_hub_gguf": "save_pretrained_gguf(DIR), then `hf upload`",
+        "push_to_hub_gguf": "save_pretrained_gguf(DIR), then `pronghorn push DIR REPO`",
         "save_pretrained_torchao": "save_pretrained_merged(DIR), then torchao on that folder",
     }
 )
@@ -376,6 +390,8 @@ def _bind(model: Any) -> None:
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
     model.save_pretrained_gguf = types.MethodType(_save_pretrained_gguf, model)
     model.save_lora = types.MethodType(_save_lora, model)
+    model.push_to_hub = types.MethodType(_push_to_hub, model)
+    model.push_to_hub_merged = types.MethodType(_push_to_hub_merged, model)
     for name, instead in _REFUSED_METHODS.items():
         setattr(model, name, types.MethodType(_refusing(name, instead), model))
 
@@ -427,13 +443,17 @@ def _save_pretrained_merged(
 
 def _export(
     self: Any,
-    target: str | Path,
+    target: str | Path | None,
     tokenizer: Any,
     format_: str | MergeFormat,
     overwrite: bool,
     rows: str | Path | None = None,
+    push: Push | None = None,
 ) -> Any:
-    """Save the model's adapter for a moment and export it; prints and returns the report."""
+    """Save the model's adapter for a moment, export it, and push it where asked; prints what was done.
+
+    Returns the export's report, or what was pushed; without a ``target`` the folder is gone afterwards.
+    """
     if not hasattr(self, "peft_config"):
         raise AdapterError(
             "the model has no adapter, so there is nothing to merge", fix="call get_peft_model first"
@@ -453,15 +473,23 @@ def _export(
         )
     from pronghorn.export.run import export
     from pronghorn.serving.compare import drift_line
+    from pronghorn.serving.push import push_export
 
     with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
         adapter = save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer)
-        report = export(adapter, target, format=format_, overwrite=overwrite)
+        folder = target if target is not None else Path(scratch) / "exported"
+
+        def write(watch: Any = None) -> Any:
+            return export(adapter, folder, format=format_, overwrite=overwrite, progress=watch)
+
+        report, done = push_export(push, write, stays=target is not None) if push else (write(), None)
         print(report)
         if report.onto is not None:
             onto = format_.onto if isinstance(format_, MergeFormat) else "decoded"
             print(_NO_ROWS if rows is None else drift_line(report, onto, rows))
-    return report
+    if done is not None:
+        print(done)
+    return done or report
 
 
 def _save_pretrained_gguf(
@@ -516,3 +544,55 @@ def _save_lora(
 ) -> Any:
     """Write the adapter in the portable form, for vLLM's LoRARequest; as save_method="adapter"."""
     return _save_pretrained_merged(self, save_directory, tokenizer, "adapter", overwrite=overwrite)
+
+
+def _push_to_hub(self: Any, repo_id: str, tokenizer: Any = None, **asked: Any) -> Any:
+    """Upload the adapter as it is, with its tokenizer and a model card, in one commit; prints and returns it.
+
+    Args:
+        repo_id: OWNER/NAME, or NAME alone for the token's account; made if it is not there.
+        tokenizer: by default the one the model was loaded with.
+        **asked: ``token`` (by default that of ``hf auth login`` or HF_TOKEN), ``private`` (of a new
+            repository), ``overwrite`` (replace what it holds), ``commit_message``; others are refused.
+
+    Raises:
+        ExportError: the hub refuses, or holds something else; nothing became visible.
+    """
+    push = _push("push_to_hub", repo_id, asked, _push_to_hub)
+    from pronghorn.serving.push import push_folder
+
+    with tempfile.TemporaryDirectory(prefix="pronghorn-") as scratch:
+        done = push_folder(save_adapter(self, Path(scratch) / "adapter", tokenizer=tokenizer), push)
+    print(done)
+    return done
+
+
+def _push_to_hub_merged(
+    self: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    onto: Onto = "decoded",
+    save_directory: str | Path | None = None,
+    **asked: Any,
+) -> Any:
+    """As ``save_pretrained_merged``, each shard uploaded while the next is written; visible once verified.
+
+    ``save_directory`` keeps the folder there; else it lies in the system's temporary folder meanwhile. Other
+    arguments are those of ``push_to_hub``, and errors those of both.
+    """
+    push = _push("push_to_hub_merged", repo_id, asked, _push_to_hub_merged)
+    if save_method not in FORMATS:
+        message, fix = unknown_format(save_method)
+        raise ConfigError(f"save_method is {save_method!r}: {message}", fix=fix)
+    return _export(self, save_directory, tokenizer, MergeFormat(save_method, onto), push.overwrite, push=push)
+
+
+def _push(call: str, repo: str, asked: dict[str, Any], function: Any) -> Push:
+    from pronghorn.serving.hub import Push
+
+    said = {name: asked.pop(name) for name in ("token", "private", "overwrite") if name in asked}
+    message = asked.pop("commit_message", None)
+    _refuse(call, asked, _PUSH_REFUSED, function)
+    return Push(repo, **said, **({} if message is None else {"message": message}))

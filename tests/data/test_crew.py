@@ -131,6 +131,34 @@ def test_interrupting_keeps_what_is_done_an_error_does_not(
         assert len(list(root.glob(".part-*/*.tally"))) == left
 
 
+def test_a_json_list_is_read_like_its_lines(rows: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows with the same numbers, cut into the same chunks: an interrupted run goes on."""
+    lines = [
+        line.replace("{", '{"messages": }') if line == "{" else line
+        for line in mixture(rows).read_text().splitlines()
+    ]
+    by_line, listed = (
+        rows(*lines, name="plain.jsonl"),
+        rows("[" + " ,\n\n".join(lines) + "]", name="rows.json"),
+    )
+    do = Work.do
+
+    def stop(work: Work, chunk: Any) -> None:
+        if chunk.number == 5:
+            raise KeyboardInterrupt
+        do(work, chunk)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Work, "do", stop)
+        run(listed)
+    done = worked_on(monkeypatch)
+    resumed, whole = run(listed), run(by_line)
+    assert done == [5, 6, 7, *range(8)]
+    assert resumed.train["labels"][:] == whole.train["labels"][:]
+    one, other = ([(row.number, row.reason) for row in each.report.bad_rows] for each in (resumed, whole))
+    assert one == other and len(one) == 2
+
+
 def test_two_runs_at_once_do_not_share_a_folder(
     rows: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

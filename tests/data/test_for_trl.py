@@ -10,6 +10,7 @@ import torch
 import trl
 from peft import LoraConfig
 
+from benchmarks import parity_pairs
 from pronghorn import inspect_data, rows_for_trl
 from pronghorn.data.for_trl import _dataset
 from pronghorn.data.preference import to_compared
@@ -89,6 +90,20 @@ def test_dpo_trains_on_the_ids_that_are_shown(kind: str, tmp_path: Path) -> None
             assert tok.decode(ids[mask]) == "".join(piece.text for piece in answer.pieces)
             assert int(mask.sum()) == answer.tokens
             assert tok.decode(ids[seen & ~mask]) == "".join(piece.text for piece in example.pieces)
+
+
+def test_dpo_is_the_mean_over_pairs_of_equal_passes(tmp_path: Path) -> None:
+    """As benchmarks/parity.py, and what docs/data.md says of unequal passes."""
+    base = tiny.write_base(tmp_path / "base", dtype=torch.float32)
+    adapter = tiny.write_adapter(tmp_path / "adapter", base)
+    rows = parity_pairs.pairs(3)
+    truth = parity_pairs.all_at_once(base, adapter, rows, ["sigmoid"], torch.float64)
+    even = parity_pairs.through_trl(base, adapter, rows, ["sigmoid"], passes=3, batch=1)
+    assert even.loss == pytest.approx(truth.loss, rel=2e-6)
+    assert float((even.gradient - truth.gradient).norm() / truth.gradient.norm()) < 1e-5
+    uneven = parity_pairs.through_trl(base, adapter, rows, ["sigmoid"], passes=2, batch=2)
+    assert abs(uneven.loss / truth.loss - 1) > 1e-3
+    assert uneven.evaluation == pytest.approx(truth.loss, rel=2e-6)
 
 
 def test_grpo_asks_the_prompts_that_are_shown(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def test_every_row_is_in_one_bin_and_no_bin_is_over_the_budget(count: int, longe
 
 
 def test_each_row_goes_where_it_leaves_least_room() -> None:
-    assert best_fit([3, 60, 42, 55], 100, seed=0) == [[1], [3, 2, 0]]  # first fit: [1, 0], [3, 2]
+    bins = best_fit([3, 60, 42, 55], 100, seed=0)
+    assert [[*members] for members in bins] == [[1], [3, 2, 0]]  # first fit: [1, 0], [3, 2]
     assert best_fit([], 10, seed=0) == []
 
 
@@ -48,6 +51,16 @@ def test_the_seed_alone_decides_among_equal_rows() -> None:
     assert other != first
     sizes = [[lengths[row] for row in members] for members in first]
     assert [[lengths[row] for row in members] for members in other] == sizes
+
+
+def test_the_plan_of_bins_takes_few_bytes_a_row() -> None:
+    """25; lists of Python's numbers take 60."""
+    lengths = array("i", lengths_of(20_000, 200))
+    tracemalloc.start()
+    best_fit(lengths, 2048, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / len(lengths) < 40
 
 
 def test_written_bins_hold_the_rows_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pronghorn.data import json_list
 from pronghorn.data.options import DataOptions
 from pronghorn.data.prepare import Prepared, examine, prepare
-from pronghorn.data.rows import MAX_ROW_BYTES, BadRow, Row, open_source
+from pronghorn.data.rows import MAX_ROW_BYTES, BadRow, Row, from_dataset, from_rows, open_source
 from pronghorn.errors import DataError
 from tests.data.conftest import Writer
 from tests.data.families import FAMILIES, family_tokenizer, tokenizer
@@ -176,13 +181,18 @@ def test_bad_row_of_other_formats_is_named(case: str, rows: Writer) -> None:
     assert reason in bad.reason
 
 
-def test_huge_row_is_named_and_never_parsed(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    line = json.dumps(GOOD).encode() + b"\n"
-    path.write_bytes(line + b'{"text": "' + b"x" * (50 << 20) + b'"}\n' + line)
+@pytest.mark.parametrize(("name", "form"), [("rows.jsonl", b"%b\n%b\n%b"), ("rows.json", b"[%b,\n%b, %b]")])
+def test_huge_row_is_named_and_never_parsed(name: str, form: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    line = json.dumps(GOOD).encode()
+    path.write_bytes(form % (line, b'{"text": "' + b"x" * (50 << 20) + b'"}', line))
+    tracemalloc.start()
     first, bad, last = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert isinstance(bad, BadRow) and bad.number == 2
     assert bad.reason == f"50 MB in one row; the limit is {MAX_ROW_BYTES >> 20} MB"
+    assert peak < 4 * MAX_ROW_BYTES
     assert isinstance(first, Row) and isinstance(last, Row) and last.number == 3
 
 
@@ -219,10 +229,94 @@ def test_json_file_of_one_row(tmp_path: Path) -> None:
     assert read(path) == [Row(str(path), 1, GOOD)]
 
 
+def test_json_lists_are_cut_the_same_wherever_blocks_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [{"text": 'a "b", \\ [c] {'}, {"n": [[], {"m": ","}], "text": "\\"}, {}, "],", -1.5, [], "ä"]
+    texts = [json.dumps(value, indent=1) for value in values]
+    body = ("\n , ".join(texts) + " ]}\n").encode()
+    limit = len(texts[1])
+    texts[1:1] = [json.dumps({"text": '"\\' * 20, "n": [1] * 9}), json.dumps([[{"n": n}] for n in range(20)])]
+    long = (",".join(texts) + "]").encode()
+    for size in range(1, 200):
+        monkeypatch.setattr(json_list, "BLOCK", size)
+        assert [json.loads(each) for each in json_list.elements(io.BytesIO(body), 99, b"}")] == values
+        cut = [*json_list.elements(io.BytesIO(long), limit)]
+        assert cut[1:3] == [len(texts[1]), len(texts[2])]
+        assert [json.loads(each) for each in cut[:1] + cut[3:] if isinstance(each, bytes)] == values
+
+
+@pytest.mark.parametrize(
+    ("text", "bad", "error"),
+    [
+        (
+            '[\n{"text": "a"},\n{"text": },\n{"text":\n\n3 4}, 5\n]',
+            {2: "Expecting value at column 10", 3: "at line 3 of the row, column 3", 4: "is a number"},
+            None,
+        ),
+        ('[{"text": "a"}, , {"text": "b"},]', {2: "Expecting value", 4: "Expecting value"}, None),
+        ('[{"text": "a"}, {"text": "\udce9"}]', {2: "not UTF-8 at byte 10"}, None),
+        ('[{"text": "a"], {"text": "b"}]', {1: "Expecting ',' delimiter"}, None),
+        ('[{"text": "a"}, ' + "[" * 99_999 + "]" * 99_999 + "]", {2: "nested too deeply"}, None),
+        ('[{"text": "a"}, {"text": "b"}', {}, "2: the file ends within the list"),
+        (
+            '[{"text": "a"}, {"text": "b", {"text": "c"}]',
+            {2: "Expecting property name"},
+            "2: the file ends within",
+        ),
+        ('[{"text": "a}]', {1: "Unterminated string"}, "1: the file ends within the list"),
+        (
+            '[{"text": "a"}]\n[{"text": "b"}]',
+            {},
+            '1: the list ends here, but the file goes on: [{"text": "b"',
+        ),
+        ("[", {}, "0: the file ends within the list"),
+    ],
+)
+def test_broken_json_lists_name_the_row(
+    text: str, bad: dict[int, str], error: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    found = []
+    with pytest.raises(DataError, match=re.escape(f"{path}:{error}")) if error else nullcontext():
+        for row in open_source(str(path), DataOptions(train=str(path))).read():
+            found.append(row)
+    named = {row.number: row.reason for row in found if isinstance(row, BadRow)}
+    assert named.keys() == bad.keys() and all(reason in named[number] for number, reason in bad.items())
+    assert [row.number for row in found] == [*range(1, len(found) + 1)]
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"data": [', "]}")])
+def test_memory_does_not_grow_with_a_json_list(opening: str, closing: str, tmp_path: Path) -> None:
+    path, row = tmp_path / "rows.json", json.dumps({"text": "x" * 20_000})
+    path.write_text(opening + ",\n".join([row] * 2000) + closing)  # 40 MB
+    tracemalloc.start()
+    numbers = [item.number for item in open_source(str(path), DataOptions(train=str(path))).unparsed()]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert numbers == [*range(1, 2001)] and peak < 6 * json_list.BLOCK
+
+
+def test_objects_too_large_for_a_row(tmp_path: Path) -> None:
+    path, fill = tmp_path / "rows.json", "x" * MAX_ROW_BYTES
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": fill}]}))
+    assert read(path) == [BadRow(str(path), 1, "", "16 MB in one row; the limit is 16 MB")]
+    path.write_text(json.dumps({"data": [{"text": "a"}, {"text": fill}], "more": 1}))
+    with pytest.raises(
+        DataError, match=r'rows\.json:2: the list ends here, but the file goes on: , "more": 1}'
+    ):
+        read(path)
+    path.write_text("{" + '"a": {' * 99_999)
+    with pytest.raises(DataError, match=r"nested too deeply|not JSON"):
+        read(path)
+
+
 def test_broken_json_file_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_text('[\n{"text": "a"},\n{"text": }\n]')
-    with pytest.raises(DataError, match=r"rows\.json:3: not JSON: Expecting value at column 10"):
+    path.write_text('{\n"text": "a",\n"text": }\n')
+    with pytest.raises(DataError, match=r"rows\.json:3: not JSON: Expecting value at column 9"):
+        read(path)
+    path.write_text("3")
+    with pytest.raises(DataError, match="a number where a list of rows was expected"):
         read(path)
 
 
@@ -274,6 +368,30 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
     path.write_text("nothing")
     with pytest.raises(DataError, match="not a Parquet file"):
         read(path)
+    pq.write_table(pa.table({"text": [str(n) for n in range(9999)]}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:99] + b"?" * 99 + whole[198:])
+    with pytest.raises(DataError, match="not a Parquet file"):
+        read(path)
+
+
+def test_huge_row_of_a_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pronghorn.data.rows.MAX_ROW_BYTES", 1 << 20)
+    path, values = tmp_path / "rows.parquet", [{"text": "a"}, {"text": "x" * (2 << 20)}, {"text": "b"}]
+    pq.write_table(pa.Table.from_pylist(values), path)
+    data = datasets.Dataset.from_list(values)
+    for found in (read(path), from_dataset(data, str(path)).read(), from_rows(values, str(path)).read()):
+        assert [*found][1] == BadRow(str(path), 2, "", "2 MB in one row; the limit is 1 MB")
+
+
+def test_a_row_group_is_not_read_at_once(tmp_path: Path) -> None:
+    path, pool = tmp_path / "rows.parquet", pa.default_memory_pool()
+    table = pa.table({"text": [f"{n:010}" * 200 for n in range(15_000)]})  # 30 MB
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    del table
+    before = pool.bytes_allocated()
+    peak = max(pool.bytes_allocated() for _ in open_source(str(path), DataOptions(train=str(path))).read())
+    assert peak - before < 15 << 20
 
 
 def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:

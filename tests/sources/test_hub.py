@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.stand_in_hub import COMMIT, Hub, files_of
 
 # one process per case: the client reads its endpoint, cache and offline switch when it is imported
 SCRIPT = """
@@ -37,67 +32,6 @@ except PronghornError as error:
 """
 
 
-class Hub(ThreadingHTTPServer):
-    """The three answers the client needs: repository, tree of files, file."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.asked: list[str] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, format: str, *args: object) -> None:
-        del format, args
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        self.server.asked.append(path)
-        if "/owner/model" not in path:
-            self.send(401, b"{}", body, {"X-Error-Code": "RepoNotFound"})
-        elif "/resolve/" in path:
-            self.file(path.rpartition("/resolve/")[2], body)
-        elif "no-such-branch" in path:
-            self.send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
-        elif "/tree/" in path:
-            self.send(200, json.dumps([self.entry(file) for file in self.files()]).encode(), body)
-        else:
-            siblings = [{"rfilename": name} for name in self.files()]
-            info = {"id": "owner/model", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-            self.send(200, json.dumps(info).encode(), body)
-
-    def files(self) -> list[str]:
-        return sorted(
-            str(p.relative_to(self.server.folder)) for p in self.server.folder.rglob("*") if p.is_file()
-        )
-
-    def entry(self, name: str) -> dict[str, object]:
-        data = (self.server.folder / name).read_bytes()
-        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-
-    def file(self, rest: str, body: bool) -> None:
-        data = (self.server.folder / rest.partition("/")[2]).read_bytes()
-        tag = hashlib.sha1(data).hexdigest()
-        self.send(200, data, body, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
-
-    def send(self, status: int, data: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tiny.write_base(tmp_path_factory.mktemp("hub") / "files")
@@ -105,26 +39,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (folder / "modeling_own.py").write_text("raise SystemExit('code of the model ran')")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = Hub()
+    server.publish("owner/model", files_of(folder))
     yield server
     server.shutdown()
 
 
-def run(
-    cache: Path, hub: Hub | None, name: str, revision: str = "", *more: str, **env: str
-) -> dict[str, str]:
-    endpoint = f"http://127.0.0.1:{hub.server_port}" if hub else "http://127.0.0.1:9"
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    settings = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(cache),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "*",
-    }
+def run(cache: Path, hub: Hub, name: str, revision: str = "", *more: str, **env: str) -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, name, revision, *(more or ("resolve",))],
-        env={**clean, **settings, **env},
+        env=hub.environment(cache, **env),
         cwd=cache,
         capture_output=True,
         text=True,
@@ -173,7 +97,7 @@ def test_wrong_names(hub: Hub, tmp_path: Path, name: str, revision: str, said: s
     assert said in answer["text"]
 
 
-def test_hub_out_of_reach(tmp_path: Path) -> None:
-    answer = run(tmp_path, None, "owner/model")
+def test_hub_out_of_reach(hub: Hub, tmp_path: Path) -> None:
+    answer = run(tmp_path, hub, "owner/model", HF_ENDPOINT="http://127.0.0.1:9")
     assert answer["error"] == "SourceError"
     assert "owner/model" in answer["text"]

@@ -182,13 +182,13 @@ def test_the_command_prints_schema_and_resolved_config_and_trains_nothing(tmp_pa
     assert json.loads(shown.stdout)["properties"].keys() == RunConfig.model_fields.keys()
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
     printed = CliRunner().invoke(
-        app, ["train", str(path), "training.epochs=3", "--skip-bad", "4", "--dry-run"]
+        app, ["train", str(path), "training.epochs=3", "--skip-bad", "4", "--allow", "bos", "--dry-run"]
     )
     assert printed.exit_code == 0
     resolved = yaml.safe_load(printed.stdout)
     assert (
         resolved["training"]["epochs"] == 3
-        and resolved["data"]["skip_bad"] == 4
+        and (resolved["data"]["skip_bad"], resolved["data"]["allow"]) == (4, ["bos"])
         and resolved["lora"]["r"] == 16
     )
     assert sorted(item.name for item in tmp_path.iterdir()) == ["run.yaml"]

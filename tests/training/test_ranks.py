@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pronghorn.errors import RunConflictError
+from pronghorn.training.checkpoint import damage, list_checkpoints
 from pronghorn.training.metrics import read_metrics
 from pronghorn.training.ranks import SharedOrder
 from pronghorn.training.run import train
@@ -30,7 +31,12 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def launch(config: dict[str, Any], path: Path, *, ends: int = 0) -> str:
+TRAIN = ("pronghorn.cli.main", "train")
+
+
+def launch(
+    config: dict[str, Any], path: Path, *, module: tuple[str, ...] = TRAIN, fails: bool = False
+) -> str:
     """``torchrun`` with two processes on the command line; what it printed."""
     path.write_text(yaml.safe_dump(config))
     with socket.socket() as free:
@@ -47,12 +53,12 @@ def launch(config: dict[str, Any], path: Path, *, ends: int = 0) -> str:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, "-m", "pronghorn.cli.main", "train", str(path)],
+        [*command, "-m", *module, str(path)],
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert (done.returncode != 0) == bool(ends), done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -84,31 +90,23 @@ def test_two_processes_are_one(make_config: MakeConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_resume_and_are_not_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("straight", checkpoints={"every_steps": 1})
-    launch(config, tmp_path / "straight.yaml")
-    halted = make_config("halted", checkpoints={"every_steps": 1})
-    launch(halted, tmp_path / "halted.yaml")
-    folder = tmp_path / "halted"
-    for path in (folder / "adapter").iterdir():
-        path.unlink()
-    (folder / "adapter").rmdir()
-    kept = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.partition("-")[2]))
-    for path in kept[-1].iterdir():
-        path.unlink()
-    kept[-1].rmdir()
-    printed = launch(halted, tmp_path / "halted.yaml")
-    assert "Error" not in printed
-    mine, other = (
-        load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("halted", "straight")
-    )
-    assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
-    (folder / "adapter/adapter_config.json").unlink()
-    for path in (folder / "adapter").iterdir():
-        path.unlink()
-    (folder / "adapter").rmdir()
-    with pytest.raises(RunConflictError, match=r"processes: 2 in the run folder, None now"):
-        train(halted)
+def test_a_signal_to_one_of_two_stops_both_and_they_resume(make_config: MakeConfig, tmp_path: Path) -> None:
+    launch(make_config("straight"), tmp_path / "straight.yaml")
+    config = make_config("stopped")
+    printed = launch(config, tmp_path / "run.yaml", module=("tests.training.rank_signal",), fails=True)
+    for reason in ("SIGTERM", "a signal to another process"):
+        assert f"stopped by {reason} after step 3 of 4" in printed
+    folder = tmp_path / "stopped"
+    (sealed,) = list_checkpoints(folder / "checkpoints")
+    assert sealed.step == 3 and not damage(sealed.path) and not (folder / "adapter").exists()
+    with pytest.raises(RunConflictError, match=r"processes: 2 in the run folder, 1 now"):
+        train(config)
+    printed = launch({**config, "logging": {"progress": "plain"}}, tmp_path / "run.yaml")
+    assert f"resuming from {sealed.path}, 1 of 4 steps to go" in printed
+    one, other = train(config), train(make_config("straight"))  # both are finished: nothing is trained
+    assert one.losses == other.losses and one.eval == other.eval
+    mine, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, other))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_order_is_that_of_one_process_and_then_blank() -> None:

@@ -36,10 +36,12 @@ def test_the_run_folder_holds_all_there_is_to_know(make_config: MakeConfig, base
     assert sorted(path.name for path in result.folder.iterdir()) == [
         "adapter",
         "checkpoints",
+        "inspect.html",
         "manifest.json",
         "metrics.jsonl",
         "run.yaml",
     ]
+    assert (result.folder / "inspect.html").read_text().count("<h3>row ") == 5
     resolved = yaml.safe_load((result.folder / "run.yaml").read_text())
     assert resolved["lora"]["r"] == 4 and resolved["training"]["weight_decay"] == 0.0
     manifest = json.loads((result.folder / "manifest.json").read_text())

@@ -106,7 +106,7 @@ def _save_pretrained(
         raise AdapterError("safe_serialization=False writes pickled weights", fix="leave it out")
     if kwargs.pop("push_to_hub", False):
         raise NotSupportedError(
-            "push_to_hub=True: nothing is uploaded", fix="upload the folder with `hf upload`"
+            "push_to_hub=True: nothing is uploaded by save_pretrained", fix="run `pronghorn push DIR REPO`"
         )
     kwargs.pop("max_shard_size", None)  # model.push_to_hub passes it; an adapter is one file
     if kwargs:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from pronghorn.export.job import Watch
     from pronghorn.export.report import ExportReport
+    from pronghorn.serving.hub import Push, Pushed
 
 
 def export(
@@ -42,28 +44,44 @@ def export(
         Path | None,
         typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder (and what REPO holds).")
+    ] = False,
     adapter_name: Annotated[
         str | None, typer.Option(help="Which adapter, where the folder holds several.")
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload it meanwhile, visible once verified; see pronghorn push."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a private repository.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
 ) -> None:
     """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
-    from pronghorn.cli.tables import byte_bar, print_table
+    from pronghorn.cli.tables import print_table
+    from pronghorn.errors import ConfigError
     from pronghorn.export.onto import MergeFormat
     from pronghorn.export.run import export as run
+    from pronghorn.serving.hub import Push
 
-    with byte_bar("writing", "finishing" if no_verify else "verifying in a fresh process") as progress:
-        report = run(
+    if private and push is None:
+        raise ConfigError("--private is for a repository, and --push names none", fix="add --push REPO")
+    wanted = MergeFormat(format_, onto, llama_python, text_only)  # type: ignore[arg-type]  # it checks itself
+
+    def write(watch: Watch) -> ExportReport:
+        return run(
             adapter,
             target,
-            format=MergeFormat(format_, onto, llama_python, text_only),  # type: ignore[arg-type]  # it checks itself
+            format=wanted,
             base=base,
             overwrite=overwrite,
             adapter_name=adapter_name,
             verify=not no_verify,
-            progress=progress,
+            progress=watch,
         )
+
+    place = Push(push, None, private or None, overwrite) if push is not None else None
+    report, pushed = _watched(write, place, "finishing" if no_verify else "verifying in a fresh process")
     print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
     if report.checks:
         print_table(
@@ -72,6 +90,22 @@ def export(
     if report.onto is not None:
         _print_drift(report, onto)
     _print_llama_cpp(report) if report.format.startswith("gguf-") else _print_serving(report)
+    if pushed is not None:
+        typer.echo(pushed)
+
+
+def _watched(
+    write: Callable[[Watch], ExportReport], place: Push | None, afterwards: str
+) -> tuple[ExportReport, Pushed | None]:
+    """Export under a bar, and push it where asked."""
+    from pronghorn.cli.tables import byte_bar
+    from pronghorn.export.job import Watch
+    from pronghorn.serving.push import push_export
+
+    with byte_bar("writing", afterwards) as progress:
+        if place is None:
+            return write(Watch(progress)), None
+        return push_export(place, write, progress=progress)
 
 
 def _print_llama_cpp(report: ExportReport) -> None:

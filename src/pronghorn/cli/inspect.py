@@ -20,6 +20,10 @@ def inspect(
         str | None, typer.Option(help="With DATA: the model whose tokenizer and template are used.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens kept of each row.", min=2)] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", help="A failed check that shall not stop a run (data.allow)."),
+    ] = None,
     examples: Annotated[int, typer.Option(help="Rows shown token by token.", min=0)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
@@ -30,7 +34,8 @@ def inspect(
     from pronghorn.data.inspect import inspect_data
     from pronghorn.data.prepare import refuse
 
-    config = _config(data, overrides or [], model)
+    allowed = [f"data.allow=[{','.join(allow)}]"] if allow else []
+    config = _config(data, [*(overrides or []), *allowed], model)
     tokenizer, limit = _tokenizer(config)
     shown = inspect_data(config.data, tokenizer, max_length=max_length or limit, examples=examples)
     if html is not None:

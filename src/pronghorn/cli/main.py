@@ -13,7 +13,7 @@ from pronghorn import __version__
 from pronghorn.errors import PronghornError
 
 # Each verb is the function of that name in pronghorn.cli.<verb>; those files load nothing heavy at their top.
-VERBS = ("train", "plan", "inspect", "export", "verify", "chat", "compare", "serve", "doctor")
+VERBS = ("train", "plan", "inspect", "export", "verify", "push", "chat", "compare", "serve", "doctor")
 
 app = typer.Typer(
     name="pronghorn",

@@ -19,6 +19,9 @@ def train(
     skip_bad: Annotated[
         int | None, typer.Option("--skip-bad", help="Leave out up to N unusable rows (data.skip_bad).")
     ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", help="A failed check that shall not stop it (data.allow).")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
     ] = False,
@@ -40,6 +43,7 @@ def train(
             "no run.yaml was given", fix="pronghorn train run.yaml; --schema prints what it may say"
         )
     changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
+    changes += [f"data.allow=[{','.join(allow)}]"] if allow else []
     resolved = load_config(config, changes)
     if dry_run:
         typer.echo(with_lora_defaults(resolved).to_yaml(), nl=False)

@@ -4,11 +4,11 @@ has finished, and how far it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from pronghorn.data.rows import BadRow, Line, Row, Source
+from pronghorn.data.rows import BadRow, Line, Row, Source, text_size
 
 ROWS = 10_000  # of a chunk, a second's work
 BYTES = 8 << 20  # of text in a chunk, unless a single row has more
@@ -60,7 +60,7 @@ def _pieces(source: Source) -> Iterator[tuple[list[Line | Row | BadRow], int]]:
         size += (
             len(item.text) + 1
             if isinstance(item, Line)
-            else _size(item.value)
+            else text_size(item.value)
             if isinstance(item, Row)
             else 0
         )
@@ -69,11 +69,3 @@ def _pieces(source: Source) -> Iterator[tuple[list[Line | Row | BadRow], int]]:
             items, size, given = [], 0, True
     if items or not given:
         yield items, size
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum([_size(each) for each in value.values()])
-    return sum([_size(each) for each in value]) if isinstance(value, list) else 8

@@ -20,6 +20,7 @@ from pronghorn.data.prepare import examine_sources
 from pronghorn.data.report import DataReport
 from pronghorn.data.rows import open_data
 
+EXAMPLES = 5  # rows shown token by token, if nobody says how many
 BAR = 40  # characters of the longest bar
 
 
@@ -56,7 +57,7 @@ def inspect_data(
     tokenizer: Any,
     *,
     max_length: int | None = None,
-    examples: int = 5,
+    examples: int = EXAMPLES,
     **options: Any,
 ) -> Inspection:
     """Show what training on ``data`` would train on; bad rows and failed checks stop nothing.

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pronghorn.data.checks import run_checks
 from pronghorn.data.chunks import Part, chunks
 from pronghorn.data.crew import done, workers_for
@@ -162,15 +164,12 @@ def held_out(hashes: array[int], fraction: float, seed: int) -> list[int]:
     """Rows set aside: those of smallest seeded hash. Equal rows never part, and order does not matter."""
     if not fraction or len(hashes) < 2:
         return []
-    keys = {value: _seeded(value, seed) for value in hashes}
-    order = sorted(range(len(hashes)), key=lambda index: keys[hashes[index]])
+    key = str(seed).encode()
+    digests = (hashlib.blake2b(value.to_bytes(8, "big"), digest_size=8, key=key).digest() for value in hashes)
+    keys = np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64, len(hashes))
     count = max(1, round(fraction * len(hashes)))
-    limit = keys[hashes[order[count - 1]]]
-    return sorted(index for index in order if keys[hashes[index]] <= limit)
-
-
-def _seeded(value: int, seed: int) -> bytes:
-    return hashlib.blake2b(value.to_bytes(8, "big"), digest_size=8, key=str(seed).encode()).digest()
+    held: list[int] = np.flatnonzero(keys <= np.sort(keys)[count - 1]).tolist()
+    return held
 
 
 def refuse(report: DataReport, options: DataOptions) -> None:
@@ -234,9 +233,8 @@ def _rows(folder: Path) -> tuple[Any, Any | None]:
     chosen = json.loads((folder / "held_out.json").read_text())
     held = None
     if chosen:
-        aside = set(chosen)
         held = train.select(chosen)
-        train = train.select([index for index in range(len(train)) if index not in aside])
+        train = train.select(np.delete(np.arange(len(train)), chosen))
     elif any(folder.glob("eval-*.arrow")):
         held = _shards(folder, "eval")
     return train, held

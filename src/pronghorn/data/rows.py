@@ -8,17 +8,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from pronghorn.data import json_list
 from pronghorn.data.options import DataOptions
 from pronghorn.errors import DataError
 
 MAX_ROW_BYTES = 16 << 20  # a 50 MB line is a broken export, not a conversation; 16 MiB is about 4 M tokens
+_TABLE_ROWS = 100  # of a table at once
 _ROW_COLUMNS = ("messages", "conversations")
+_LIST = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*"([^"\\]*)"\s*:\s*)?\[')  # alone, or first in an object
 _JSON_FIX = "write one JSON object per line (.jsonl), or a JSON list of objects (.json)"
 
 
@@ -52,7 +56,7 @@ class Row:
 
 
 class Line(NamedTuple):
-    """A row of a .jsonl file that was not parsed yet."""
+    """A row of JSON that was not parsed yet."""
 
     number: int
     text: bytes
@@ -65,7 +69,8 @@ class Line(NamedTuple):
         except UnicodeDecodeError as error:
             return BadRow(file, self.number, "", f"not UTF-8 at byte {error.start}; save the file as UTF-8")
         except json.JSONDecodeError as error:
-            return BadRow(file, self.number, "", f"not JSON: {error.msg} at column {error.colno}")
+            line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
+            return BadRow(file, self.number, "", f"not JSON: {error.msg} at {line}column {error.colno}")
         except RecursionError:
             return BadRow(file, self.number, "", "JSON nested too deeply")
         return _object(value, file, self.number)
@@ -75,7 +80,7 @@ class Line(NamedTuple):
 class Source:
     """One place rows come from. Its content is that of ``files``, and ``stamp`` says what they do not.
 
-    ``unparsed`` gives lines still to be parsed, where there are lines: another process may do that.
+    ``unparsed`` gives JSON that is still to be parsed: another process may do that.
     """
 
     name: str
@@ -141,27 +146,57 @@ def _read_json(path: Path, name: str) -> Iterator[Line | Row | BadRow]:
     if _is_json_lines(path):
         yield from _read_jsonl(path, name)
         return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        opening = _LIST.match(file.read(json_list.BLOCK))
+        key = opening and opening[1]
+        # An object may be one row that begins with a list, but not if it is larger than a row may be.
+        if opening and (
+            key is None or (size > MAX_ROW_BYTES and key.decode(errors="replace") not in _ROW_COLUMNS)
+        ):
+            file.seek(opening.end())
+            yield from _read_list(file, name, b"" if key is None else b"}")
+            return
+    if size > MAX_ROW_BYTES:
+        yield BadRow(name, 1, "", _too_big(size))
+    else:
+        yield from _read_object(path, name)
+
+
+def _read_list(file: BinaryIO, name: str, behind: bytes) -> Iterator[Line | BadRow]:
+    number = 0
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        for number, text in enumerate(json_list.elements(file, MAX_ROW_BYTES, behind), 1):
+            yield Line(number, text) if isinstance(text, bytes) else BadRow(name, number, "", _too_big(text))
+    except json_list.BrokenListError as error:
+        raise DataError(f"{name}:{number}: {error}", fix=_JSON_FIX) from error
+
+
+def _read_object(path: Path, name: str) -> Iterator[Row | BadRow]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         reason = f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         raise DataError(reason, fix=_JSON_FIX) from error
-    if isinstance(values, dict):
-        values = next(iter(values.values())) if _wraps_a_list(values) else [values]
-    if not isinstance(values, list):
-        raise DataError(f"{name}: a {_kind(values)} where a list of rows was expected", fix=_JSON_FIX)
-    for number, value in enumerate(values, 1):
-        yield _object(value, name, number)
+    except RecursionError:
+        raise DataError(f"{name}: JSON nested too deeply", fix=_JSON_FIX) from None
+    if not isinstance(value, dict):
+        raise DataError(f"{name}: a {_kind(value)} where a list of rows was expected", fix=_JSON_FIX)
+    rows = next(iter(value.values())) if _wraps_a_list(value) else [value]
+    for number, row in enumerate(rows, 1):
+        yield _object(row, name, number)
 
 
 def _is_json_lines(path: Path) -> bool:
     """True if the first line is an object by itself and another line follows."""
     with path.open("rb") as file:
         first, second = file.readline(MAX_ROW_BYTES), file.readline(2)
+    if not (first.endswith(b"\n") and second and first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"):
+        return False
     try:
-        return bool(second) and isinstance(json.loads(first.decode("utf-8-sig")), dict)
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
     except ValueError:
         return False
 
@@ -208,14 +243,33 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path)
+        # Buffered like this a row group, which may be the whole file, is read a piece at a time.
+        file = ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        yield from _table_rows(file.iter_batches(batch_size=_TABLE_ROWS), name)
     except (ArrowException, OSError) as error:
         raise DataError(f"{name}: not a Parquet file: {error}", fix="write the file again") from error
-    number = 0
-    for batch in file.iter_batches(batch_size=1000):
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(name, number, without_nulls(value))
+
+
+def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Row | BadRow]:
+    values = (value for batch in batches for value in batch.to_pylist())
+    for number, value in enumerate(values, 1):
+        yield _bounded(Row(name, number, without_nulls(value)))
+
+
+def _bounded(row: Row | BadRow) -> Row | BadRow:
+    """What has no lines has no limit to a line: the same limit for the text of a row."""
+    if isinstance(row, Row) and (size := text_size(row.value)) > MAX_ROW_BYTES:
+        return row.bad("", _too_big(size))
+    return row
+
+
+def text_size(value: Any) -> int:
+    """Characters of all text in a value, and a few for what is none."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum([text_size(each) for each in value.values()])
+    return sum([text_size(each) for each in value]) if isinstance(value, list) else 8
 
 
 _READERS: MappingProxyType[str, Callable[[Path, str], Iterator[Line | Row | BadRow]]] = MappingProxyType(
@@ -258,11 +312,7 @@ def from_dataset(dataset: Any, name: str) -> Source:
     """Rows of a ``datasets.Dataset``, read in batches from its Arrow files."""
 
     def read() -> Iterator[Row | BadRow]:
-        number = 0
-        for batch in dataset.with_format("arrow").iter(batch_size=1000):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(name, number, without_nulls(value))
+        return _table_rows(dataset.with_format("arrow").iter(batch_size=_TABLE_ROWS), name)
 
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
     return Source(name, files, read, stamp=dataset._fingerprint)  # selections and maps are not in the files
@@ -274,7 +324,7 @@ def from_rows(rows: Sequence[Mapping[str, Any]], name: str = "rows") -> Source:
 
     def read() -> Iterator[Row | BadRow]:
         for number, value in enumerate(rows, 1):
-            yield _object(value, name, number)
+            yield _bounded(_object(value, name, number))
 
     return Source(name, (), read, stamp=digest.hexdigest())
 

@@ -28,7 +28,7 @@ from pronghorn.data.tally import TOTALS, Count, PartTally, Tally, row_hash
 from pronghorn.data.templates import ChatTemplate
 from pronghorn.data.tokens import IGNORE, EncodedRow
 
-LAYOUT = 5  # raise when the same inputs give other rows than before
+LAYOUT = 6  # raise when the same inputs give other rows than before
 _IDS = pa.list_(pa.int32())
 _PART = ("hashes", "files", "numbers")
 _SCHEMA = pa.schema([("input_ids", _IDS), ("labels", _IDS)])

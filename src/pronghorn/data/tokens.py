@@ -125,6 +125,11 @@ class Encoder:
         return next((added[:i] for i in range(len(added)) if added[i : i + len(plain)] == plain), [])
 
     @cached_property
+    def _bos_id(self) -> int | None:
+        found: int | None = self.tokenizer.bos_token_id  # looked up by name: 1 us
+        return found
+
+    @cached_property
     def eos_id(self) -> int:
         """The id that ends plain text and completions."""
         if self.tokenizer.eos_token_id is None:
@@ -280,7 +285,7 @@ class Encoder:
     def _cut(
         self, ids: list[int], runs: Iterable[tuple[int, int]], flags: tuple[str, ...] = ()
     ) -> EncodedRow:
-        if ids[:1] == ids[1:2] == [self.tokenizer.bos_token_id]:
+        if ids[:1] == ids[1:2] == [self._bos_id]:
             flags = (*flags, "bos")
         kept: list[tuple[int, int]] = []
         at = 1  # nothing stands before the first token to predict it from

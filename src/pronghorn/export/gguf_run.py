@@ -125,7 +125,7 @@ def _sixteen_bit(work: GgufJob, scratch: Path) -> ExportReport:
     """The merged model in ``scratch``; a model that is complete already stays where it is."""
     job = work.job
     if job.adapter.kind is SourceKind.ADAPTER:
-        return work.merge(replace(job, target=scratch / "merged", overwrite=False))
+        return work.merge(replace(job, target=scratch / "merged", overwrite=False, finished=None))
     return ExportReport(
         folder=job.base.path, format="", adapter=job.base.path, base=job.base.path,
         tensors_merged=0, tensors_copied=len(open_weights(job.base.path).tensors), bytes_written=0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,18 @@ from pronghorn.sources.source import Source
 
 # marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named
 SUBFOLDER = "_pronghorn_subfolder"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is told while an export writes.
+
+    ``bytes`` is called with the bytes of weights written so far and in all, ``file`` with each file of merged
+    weights once it is complete and on the disk, before the folder is verified and appears.
+    """
+
+    bytes: Progress | None = None
+    file: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Job:
     text_only: bool = False
     goal: Path | None = None
     """where the result of a step in between (``target``) ends up: what messages name"""
+    finished: Callable[[Path], None] | None = None
+    """told of each file of merged weights, where these are the result and no step in between"""
 
     @property
     def named(self) -> Path:

@@ -67,9 +67,15 @@ class MergeCounts:
 
 
 def write_shards(
-    shards: tuple[OutputShard, ...], adapter: Shard, folder: Path, progress: Progress | None = None
+    shards: tuple[OutputShard, ...],
+    adapter: Shard,
+    folder: Path,
+    progress: Progress | None = None,
+    finished: Callable[[Path], None] | None = None,
 ) -> MergeCounts:
     """Write the files laid out by ``lay_out`` into ``folder`` and put them on the disk.
+
+    ``finished`` is told of each file once it is on the disk, by a thread of its own: the others go on.
 
     Raises:
         OSError: the disk is full or fails.
@@ -78,16 +84,17 @@ def write_shards(
     total, done = sum(shard.size for shard in shards), sum(len(shard.prefix) for shard in shards)
     threads = torch.get_num_threads()
     workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
-    syncer = ThreadPoolExecutor(1)
-    running: list[tuple[int, list[Future[int]]]] = []
+    syncer, teller = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    running: list[tuple[Path, int, list[Future[int]]]] = []
     syncs: list[Future[None]] = []
     try:
         for shard in shards:
-            target = _create(folder / shard.name, shard)
-            running.append((target, [workers.submit(job, target) for job in writer.jobs(shard)]))
+            path = folder / shard.name
+            target = _create(path, shard)
+            running.append((path, target, [workers.submit(job, target) for job in writer.jobs(shard)]))
             # the next file is handed out before the last one is waited for: no thread is idle in between
             while len(running) > 1 or (running and shard is shards[-1]):
-                descriptor, futures = running[0]
+                path, descriptor, futures = running[0]
                 for number, future in enumerate(futures, 1):
                     done += future.result()
                     if number % _SYNC_JOBS == 0:  # else the disk would start on a file only at its end
@@ -96,12 +103,15 @@ def write_shards(
                         progress(done, total)
                 running.pop(0)
                 syncs.append(syncer.submit(_sync_and_close, descriptor))
+                if finished:
+                    syncs.append(teller.submit(_tell, finished, path, syncs[-1]))
         for sync in syncs:
             sync.result()
     finally:
         workers.shutdown(cancel_futures=True)
         syncer.shutdown()
-        for descriptor, _ in running:
+        teller.shutdown(cancel_futures=True)
+        for _, descriptor, _ in running:
             os.close(descriptor)
         torch.set_num_threads(
             threads
@@ -114,6 +124,11 @@ def _create(path: Path, shard: OutputShard) -> int:
     os.truncate(descriptor, shard.size)
     write_all(descriptor, shard.prefix, 0)
     return descriptor
+
+
+def _tell(finished: Callable[[Path], None], path: Path, synced: Future[None]) -> None:
+    synced.result()
+    finished(path)
 
 
 def _sync_and_close(descriptor: int) -> None:

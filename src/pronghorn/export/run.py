@@ -19,7 +19,7 @@ from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupporte
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
 from pronghorn.export.formats import QUANTISED, gguf_kinds, unknown_format
 from pronghorn.export.gguf_run import GgufJob, write_gguf
-from pronghorn.export.job import SUBFOLDER, Job, verified
+from pronghorn.export.job import SUBFOLDER, Job, Watch, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, write_shards, zero_updates
 from pronghorn.export.onto import MergeFormat, base_weights
@@ -54,7 +54,7 @@ def export(
     overwrite: bool = False,
     adapter_name: str | None = None,
     verify: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | Watch | None = None,
 ) -> ExportReport:
     """Write what an adapter was trained to be as a folder that other programs open.
 
@@ -71,7 +71,7 @@ def export(
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
         verify: Check the result in a fresh process before it appears.
-        progress: Called with the bytes of weights written so far and in all.
+        progress: Called with the bytes of weights written so far and in all; a Watch is told more.
 
     Raises:
         NotSupportedError: an unknown format, or an adapter of a kind that cannot be merged.
@@ -96,7 +96,18 @@ def export(
     check_apart(goal, {"base": found.path, "adapter": source.path})
     if wanted.text_only:
         check_text_class(found)
-    job = Job(source, found, goal, overwrite, verify, progress, wanted.onto, wanted.text_only)
+    watch = progress if isinstance(progress, Watch) else Watch(progress)
+    job = Job(
+        source,
+        found,
+        goal,
+        overwrite,
+        verify,
+        watch.bytes,
+        wanted.onto,
+        wanted.text_only,
+        finished=watch.file,
+    )
     with _disk_errors(goal):
         report = write(job)
     trained_on = original[1] if original else None
@@ -178,7 +189,7 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     )
     check_space(job.named, needed)
     with StagedFolder(job.target, job.overwrite) as staging:
-        counts = write_shards(shards, adapter.shard, staging, job.progress)
+        counts = write_shards(shards, adapter.shard, staging, job.progress, job.finished)
         copy_into(job.base.path, copied, staging)
         _write_edits(edits, staging)
         _write_index(plan, shards, staging, same=codes is None)
@@ -211,7 +222,8 @@ def _packed(job: Job) -> ExportReport:
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
-        report = _merged(replace(job, target=Path(scratch) / "merged", overwrite=False, goal=goal))
+        step = replace(job, target=Path(scratch) / "merged", overwrite=False, goal=goal, finished=None)
+        report = _merged(step)
         stored = stored_4bit(job.base.config, open_weights(job.base.path))
         with StagedFolder(goal, job.overwrite) as staging:
             count = write_packed(report.folder, staging, stored or None)

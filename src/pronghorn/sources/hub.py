@@ -20,6 +20,7 @@ FILE_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 # a second copy of the weights in their maker's own layout, and all subfolders (onnx/, original/)
 SKIPPED_PATTERNS = ("consolidated*", "*/*")
 CODE_PATTERN = "*.py"
+CARD = "README.md"
 
 
 def download(name: str, *, revision: str | None, token: str | bool | None, code: bool) -> tuple[Path, str]:
@@ -42,6 +43,16 @@ def download(name: str, *, revision: str | None, token: str | bool | None, code:
     except Exception as error:  # the client's HTTP library, and with it its errors, changed between versions
         raise _explain(name, revision, error) from error
     return Path(folder), Path(folder).name
+
+
+def read_card(name: str, revision: str | None) -> str | None:
+    """The model card of a hub model at a revision; None where it has none or it cannot be read."""
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, CARD, revision=revision)).read_text(
+            encoding="utf-8"
+        )
+    except Exception:  # a card adds to what is said of a base, and nothing depends on it
+        return None
 
 
 def _explain(name: str, revision: str | None, error: Exception) -> SourceError:

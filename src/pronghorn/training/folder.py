@@ -31,6 +31,11 @@ class RunFolder:
         return self.root / "manifest.json"
 
     @property
+    def page(self) -> Path:
+        """What is trained on: figures, checks, and a few rows token by token."""
+        return self.root / "inspect.html"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object per step and per evaluation."""
         return self.root / "metrics.jsonl"

@@ -33,6 +33,7 @@ _CONTENT_KEYS = (
     "trainable",
     "processes",
 )
+_ONE_PROCESS = 1  # what a manifest means that names no number
 
 
 def run_versions() -> dict[str, str]:
@@ -76,6 +77,7 @@ def require_same_content(path: Path, now: dict[str, Any]) -> None:
         return  # killed before it was written, so before the first step
     except ValueError:
         raise RunConflictError(f"{path} is not valid JSON", fix="choose another output.folder") from None
+    old, now = {"processes": _ONE_PROCESS, **old}, {"processes": _ONE_PROCESS, **now}
     lines = [
         f"{key}: {_brief(_at(old, key))} in the run folder, {_brief(_at(now, key))} now"
         for key in _CONTENT_KEYS
@@ -135,4 +137,6 @@ def _at(values: Any, dotted: str) -> Any:
 
 
 def _brief(value: Any) -> str:
+    if value is None:
+        return "none"
     return f"{len(value)} tensors" if isinstance(value, list) else repr(value)

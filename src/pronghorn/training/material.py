@@ -10,6 +10,8 @@ from pronghorn.adapters.attach import attach_lora
 from pronghorn.adapters.new_tokens import add_new_tokens
 from pronghorn.adapters.origin import Origin, origin_of
 from pronghorn.adapters.save import save_adapter
+from pronghorn.data.examples import Shown
+from pronghorn.data.inspect import EXAMPLES, Inspection
 from pronghorn.data.prepare import prepare
 from pronghorn.data.templates import choose_template
 from pronghorn.errors import MissingDependencyError, NotSupportedError
@@ -52,6 +54,7 @@ class Material:
     rows: Any
     eval_rows: Any
     manifest: dict[str, Any]
+    inspection: Inspection
     acceleration: PatchReport | None = None
 
     def save(self, folder: Path) -> None:
@@ -100,7 +103,8 @@ def gather(config: RunConfig, narrator: Narrator) -> Material:
     if prepared.bins is not None:
         narrator.say(f"packing: {require_isolation(model)}")
     train = prepared.train if prepared.bins is None else prepared.bins
-    return Material(model, tokenizer, train, prepared.eval, manifest, acceleration)
+    inspection = Inspection(prepared.report, Shown(tokenizer, EXAMPLES).rows(prepared.train))
+    return Material(model, tokenizer, train, prepared.eval, manifest, inspection, acceleration)
 
 
 def use_attention(model: Any, name: str) -> None:

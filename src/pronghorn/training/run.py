@@ -154,6 +154,8 @@ def _run(
         if changed:
             narrator.say(f"libraries changed since the run began: {', '.join(changed)}")
     if ranks.is_first():
+        write_whole(folder.page, material.inspection.html())
+        narrator.say(f"what trains, token by token: {folder.page}")
         if start is None or not folder.manifest.exists():
             planned = {} if meter is None else {"plan": meter.plan.as_dict()}
             write_json(folder.manifest, {**material.manifest, **planned})
