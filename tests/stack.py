@@ -12,6 +12,7 @@ import peft
 import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -19,6 +20,8 @@ from tests import tiny
 
 # PEFT 0.17 has no way to adapt a tied embedding and keep it one tensor with the head
 PEFT_KEEPS_TIED = "ensure_weight_tying" in {field.name for field in dataclasses.fields(LoraConfig)}
+# from 0.18 PEFT multiplies the update of an embedding by the scale that Gemma's embeddings have
+PEFT_SCALES_EMBEDDINGS = hasattr(lora.Embedding, "_get_embed_scale")
 
 
 def experts_are_stacked() -> bool:

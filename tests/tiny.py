@@ -7,6 +7,7 @@ rounding.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,28 @@ def write_base(
     )
     built.save_pretrained(folder, max_shard_size=shard)
     tokenizer().save_pretrained(folder)
+    readable_by_both(folder)
     return folder
+
+
+def readable_by_both(folder: Path) -> None:
+    """Write what transformers 5 alone reads in the words of transformers 4 as well: rope, tokenizer class."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    rope = text.get("rope_parameters", {})
+    if "full_attention" in rope:
+        text["rope_theta"] = rope["full_attention"]["rope_theta"]
+        text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    elif rope:
+        text["rope_theta"] = rope["rope_theta"]
+        if "mrope_section" in rope:
+            text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    path.write_text(json.dumps(config, indent=2))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("backend", None)
+    path.write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
 def write_adapter(

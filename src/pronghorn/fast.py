@@ -171,7 +171,7 @@ class FastLanguageModel:
                 inputs in host memory, "auto" for as much of it as the free memory asks for.
             revision: branch, tag or commit of a hub model.
             random_state: seed of an adapter attached later.
-            text_only: only text models can be loaded.
+            text_only: rows are text; of a model with an image tower the language model trains.
             base: for an adapter, where its base is now.
             unsloth_tiled_mlp: for long rows, MLPs and experts in tiles of as many tokens as the model is wide
             accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
@@ -190,7 +190,9 @@ class FastLanguageModel:
                 "rope_scaling cannot be changed at load", fix="set it in the model's config.json"
             )
         if not text_only:
-            raise NotSupportedError("text_only=False: only text models can be loaded", fix="leave it out")
+            raise NotSupportedError(
+                "text_only=False: rows with images are not trained on", fix="leave it out"
+            )
         options = LoadOptions(
             max_seq_length=max_seq_length,
             dtype=dtype,
@@ -424,6 +426,7 @@ def _save_pretrained_merged(
     *,
     overwrite: bool = False,
     onto: Onto = "decoded",
+    text_only: bool = False,
     rows: str | Path | None = None,
     calibrate: str | Path | None = None,
     calibrate_python: str | Path | None = None,
@@ -438,6 +441,7 @@ def _save_pretrained_merged(
     which values, and ``rows``, a file as for training, on what the drift from the trained model is measured.
     ``calibrate``, such a file too, has GPTQ choose the codes of w4a16, by the llm-compressor of this
     interpreter or of ``calibrate_python``.
+    ``text_only`` writes of a multimodal base its language model alone.
 
     Raises:
         ConfigError, NotSupportedError: an unknown save_method or keyword.
@@ -448,8 +452,13 @@ def _save_pretrained_merged(
     format_ = format_of_method(save_method)
     if format_ == "lora" and hasattr(self, "peft_config") and calibrate is None:
         return save_adapter(self, save_directory, tokenizer=tokenizer)
-    places = (Path(one) if one is not None else None for one in (calibrate, calibrate_python))
-    wanted = MergeFormat(format_, onto, None, *places)
+    wanted = MergeFormat(
+        format_,
+        onto,
+        text_only=text_only,
+        calibrate=Path(calibrate) if calibrate is not None else None,
+        calibrate_python=Path(calibrate_python) if calibrate_python is not None else None,
+    )
     return _export(self, save_directory, tokenizer, wanted, overwrite, rows)
 
 

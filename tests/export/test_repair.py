@@ -17,7 +17,7 @@ from tests.export.verdict_folders import CASES, Case, write_folders
 
 # case -> what the repair says; with the base where the case has one to look at
 ALONE = {
-    "llama as transformers 5 writes it": "a class that both generations",
+    "llama as transformers 5 writes it": "in words that both generations",
     "gemma3 as transformers 5 writes it": "the keys of transformers 4",
     "PEFT names": "21 tensors renamed",
     "base_layer in some names": "2 tensors renamed",

@@ -74,16 +74,7 @@ def write_good(folder: Path, family: str, *, train: bool) -> Path:
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=3)
     model.save_pretrained(folder, max_shard_size="200KB")
     tiny.tokenizer().save_pretrained(folder)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", backend=DROP)
-    rope = model.config.rope_parameters
-    if "full_attention" in rope:
-        flat = {
-            "rope_theta": rope["full_attention"]["rope_theta"],
-            "rope_local_base_freq": rope["sliding_attention"]["rope_theta"],
-        }
-    else:
-        flat = {"rope_theta": rope["rope_theta"]}
-    edit_json(folder / "config.json", **flat)
+    tiny.readable_by_both(folder)
     return folder
 
 

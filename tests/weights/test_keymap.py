@@ -22,6 +22,14 @@ PAIRS = [
     ("model.vision_tower.encoder.layers.1.fc1.weight", "vision_tower.encoder.layers.1.fc1.weight"),
     ("model.multi_modal_projector.linear.weight", "multi_modal_projector.linear.weight"),
     ("lm_head.weight", "language_model.lm_head.weight"),
+    ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+    ("model.visual.blocks.0.attn.qkv.weight", "visual.blocks.0.attn.qkv.weight"),
+    (
+        "model.vision_tower.encoder.layers.1.fc1.weight",
+        "vision_tower.vision_model.encoder.layers.1.fc1.weight",
+    ),
+    ("model.vision_tower.head.mlp.fc1.weight", "model.vision_tower.vision_model.head.mlp.fc1.weight"),
+    ("model.vision_tower.vision_model.head.mlp.fc1.weight", "model.vision_tower.head.mlp.fc1.weight"),
     ("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight"),
 ]
 

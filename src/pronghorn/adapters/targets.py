@@ -42,26 +42,32 @@ class Targets:
 
 
 class _Catalog:
-    """What of a model can carry an adapter."""
+    """What of a model can carry an adapter; of a multimodal one its language model and the head."""
 
     def __init__(self, model: Any) -> None:
         kinds = (nn.Linear, nn.Embedding)
+        head = model.get_output_embeddings()
         self.modules = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+            if (isinstance(module, kinds) or type(module).__name__ == "Conv1D")
+            and (module is head or _in_language_model(model, name))
         }
         self.stacks = [
             name
             for name, parameter in model.named_parameters()
-            if parameter.dim() == 3 and name.rpartition(".")[2] in STACKED
+            if parameter.dim() == 3 and name.rpartition(".")[2] in STACKED and _in_language_model(model, name)
         ]
-        head = model.get_output_embeddings()
         self.head = next((name for name, module in self.modules.items() if module is head), None)
         self.leaves = sorted({name.rpartition(".")[2] for name in [*self.modules, *self.stacks]})
         self.others = {
             name.rpartition(".")[2]: type(module).__name__ for name, module in model.named_modules()
         }
+
+
+def _in_language_model(model: Any, name: str) -> bool:
+    """False for the image tower of a multimodal model, and for what joins the two."""
+    return not hasattr(model.config, "vision_config") or "language_model" in name.split(".")
 
 
 def resolve_targets(model: Any, options: LoraOptions) -> Targets:

@@ -39,6 +39,13 @@ class FolderEdits:
     files: dict[str, bytes | None] = field(default_factory=dict)
     listed: list[str] = field(default_factory=list)
 
+    def document(self, base: Path, name: str) -> dict[str, Any]:
+        """A JSON file as it will be written; empty where there is none."""
+        edited = self.files.get(name)
+        if edited:
+            return dict(json.loads(edited))
+        return read_json(base / name) if (base / name).is_file() else {}
+
     def keep_changed(self, documents: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         """Take the documents that differ from what they were."""
         for name, document in documents.items():
@@ -197,7 +204,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _templates(folder: Path) -> Iterator[str]:
+def templates(folder: Path) -> Iterator[str]:
     """The chat templates of a folder, the one that counts first."""
     if (folder / TEMPLATE).is_file():
         yield (folder / TEMPLATE).read_text(encoding="utf-8")
@@ -210,7 +217,7 @@ def _templates(folder: Path) -> Iterator[str]:
 def _take_template(
     edits: FolderEdits, documents: dict[str, dict[str, Any]], base: Path, adapter: Path
 ) -> None:
-    theirs, ours = next(_templates(adapter), None), next(_templates(base), None)
+    theirs, ours = next(templates(adapter), None), next(templates(base), None)
     if theirs is None or theirs == ours:
         return
     if "chat_template" in documents.get(SETTINGS, {}):

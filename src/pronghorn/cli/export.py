@@ -37,6 +37,9 @@ def export(
     onto: Annotated[
         str, typer.Option(help="Of a base in 4-bit: the decoded values trained on, or the original ones.")
     ] = "decoded",
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Of a multimodal base: the language model alone.")
+    ] = False,
     llama_python: Annotated[
         Path | None,
         typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
@@ -72,7 +75,14 @@ def export(
 
     if private and push is None:
         raise ConfigError("--private is for a repository, and --push names none", fix="add --push REPO")
-    wanted = MergeFormat(format_, onto, llama_python, calibrate, calibrate_python)  # type: ignore[arg-type]
+    wanted = MergeFormat(
+        format_,
+        onto,  # type: ignore[arg-type]  # it checks itself
+        llama_python,
+        text_only=text_only,
+        calibrate=calibrate,
+        calibrate_python=calibrate_python,
+    )
 
     def write(watch: Watch) -> ExportReport:
         return run(

@@ -41,6 +41,7 @@ class Job:
     verify: bool
     progress: Progress | None
     onto: Onto = "decoded"
+    text_only: bool = False
     goal: Path | None = None
     """where the result of a step in between (``target``) ends up: what messages name"""
     finished: Callable[[Path], None] | None = None

@@ -10,7 +10,6 @@ from math import prod
 
 from pronghorn.export.codes import Coded
 from pronghorn.export.plan import Change, MergePlan
-from pronghorn.quant.stored import StoredNF4
 from pronghorn.weights.reader import TORCH_DTYPES
 from pronghorn.weights.shards import LENGTH_BYTES, Shard, TensorEntry
 
@@ -50,7 +49,15 @@ class OutputShard:
 
 def lay_out(plan: MergePlan) -> tuple[OutputShard, ...]:
     """The files of the merged model, in the base's order; headers are the base's where no shape changes."""
-    return tuple(_shard(plan, shard) for shard in plan.weights.shards)
+    shards = tuple(_shard(plan, shard) for shard in plan.weights.shards)
+    read = zip(shards, plan.weights.shards, strict=True)
+    kept = [shard for shard, source in read if shard.tensors or source.prefix]  # else a view of nothing
+    if len(kept) == len(shards):
+        return shards
+    return tuple(
+        replace(shard, name=f"model-{number:05}-of-{len(kept):05}.safetensors")
+        for number, shard in enumerate(kept, start=1)
+    )
 
 
 def _shard(plan: MergePlan, shard: Shard) -> OutputShard:
@@ -63,8 +70,7 @@ def _shard(plan: MergePlan, shard: Shard) -> OutputShard:
         new = replace(base, name=tied.head_file)
         tensors.append(OutputTensor(new, (shard, base), plan.changes[tied.head_file]))
     shapes = [one.change.shape if one.change else one.entry.shape for one in tensors]
-    packed = any(isinstance(one.change.quantised, StoredNF4) for one in tensors if one.change)
-    if not packed and shapes == [entry.shape for entry in shard.tensors.values()]:
+    if shard.prefix and shapes == [entry.shape for entry in shard.tensors.values()]:
         return OutputShard(shard.path.name, shard.prefix, tuple(tensors))
     sized = [replace(one.entry, shape=shape) for one, shape in zip(tensors, shapes, strict=True)]
     prefix, entries = write_header(shard.metadata, sized)

@@ -29,6 +29,8 @@ _DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype i
 class MergeFormat:
     """What to write, and for a base in 4-bit, onto which of its values.
 
+    ``text_only``: of a multimodal base its language model alone, as a folder of its text class.
+
     ``onto`` "decoded": the values the adapter was trained on; "original": the 16-bit values they came from.
     ``llama_python``: the interpreter that has llama_cpp, for the GGUF formats that its quantiser makes.
     ``calibrate``: a file of rows, as for training, on which GPTQ chooses the codes of w4a16;
@@ -40,8 +42,14 @@ class MergeFormat:
     llama_python: Path | None = None
     calibrate: Path | None = None
     calibrate_python: Path | None = None
+    text_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.text_only and self.name != "merged_16bit":
+            raise ConfigError(
+                f"text_only is for the format merged_16bit, not for {self.name}",
+                fix="write merged_16bit; GGUF is then made from that folder",
+            )
         if self.onto not in get_args(Onto):
             raise ConfigError(f"onto is {self.onto!r}", fix=f"use {' or '.join(get_args(Onto))}")
         if self.calibrate_python is not None and self.calibrate is None:
@@ -125,7 +133,9 @@ def _decoded_shard(shard: Shard, stored: Mapping[str, StoredNF4], parts: set[str
             continue
         one = stored.get(name)
         entries[name] = entry if one is None else replace(entry, dtype=one.dtype, shape=one.shape)
-    return replace(shard, tensors=MappingProxyType(entries))
+    if entries == shard.tensors:
+        return shard
+    return replace(shard, prefix=b"", tensors=MappingProxyType(entries))
 
 
 def without_quantization(config: dict[str, Any]) -> bool:

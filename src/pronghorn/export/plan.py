@@ -71,8 +71,8 @@ class MergePlan:
     @property
     def same_layout(self) -> bool:
         """Whether every tensor keeps its name, shape and dtype in the files."""
-        stored = any(isinstance(change.quantised, StoredNF4) for change in self.changes.values())
-        return self.untied is None and self.vocabulary is None and not stored
+        as_filed = all(shard.prefix for shard in self.weights.shards)
+        return self.untied is None and self.vocabulary is None and as_filed
 
 
 def plan_merge(

@@ -19,7 +19,7 @@ from pronghorn.export.verify import VerifyReport, check_files
 from pronghorn.export.verify_engines import NO_CHAT, RIGHT, faults_of
 from pronghorn.export.verify_folder import FLOATS, INDEX, SINGLE, Folder, Tensor, without_quantization
 from pronghorn.export.verify_names import expected, original_name
-from pronghorn.export.verify_readings import version_4_rope
+from pronghorn.export.verify_readings import FLAT_TOWER, version_4_rope, version_4_tokenizer
 from pronghorn.export.verify_tokens import token_table, turn_end
 from pronghorn.weights.writer import StagedFolder, copy_bytes, write_all
 
@@ -31,8 +31,11 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float
 
 # faults by what puts them right
 _NAMES = frozenset(
-    {"PEFT names", "wrapped names", "multimodal prefix", "newer multimodal prefix", "no model prefix"}
-)
+    {
+        "PEFT names", "wrapped names", "multimodal prefix", "newer multimodal prefix", "no model prefix",
+        "tower one level up",
+    }
+)  # fmt: skip
 _DROPPED = frozenset({"unknown tensor", "unknown bias", "stray head", "copied head"})
 _REWRITTEN = frozenset({"no index", "index forgets", "index misplaces", "index names ghosts"})
 _LEFT_OUT = frozenset({
@@ -66,7 +69,7 @@ _TOKENIZER = frozenset(
     }
 )
 _ALONE = _NAMES | _DROPPED | _REWRITTEN | _LEFT_OUT | _QUANTIZATION | _OWN
-_WITH_BASE = _CONFIG | _TOKENIZER | {"no index"}
+_WITH_BASE = _CONFIG | _TOKENIZER | {"no index", "no image processor"}
 
 
 @dataclass
@@ -139,7 +142,9 @@ def _refuse(folder: Path, codes: Mapping[str, str], base: Path | None) -> None:
 def _plan(view: Folder, codes: set[str]) -> _Copy:
     copy = _Copy({name: name for name in view.tensors})
     if codes & _NAMES:
-        copy.names = {name: original_name(name, view.config) for name in view.tensors}
+        copy.names = {
+            name: FLAT_TOWER.sub("vision_model.", original_name(name, view.config)) for name in view.tensors
+        }
         changed = [name for name, new in copy.names.items() if name != new]
         copy.told.append(f"{len(changed)} tensors renamed, first {changed[0]} to {copy.names[changed[0]]}")
     heads = bool(codes & {"stray head", "copied head"})
@@ -175,7 +180,11 @@ def _config(view: Folder, codes: set[str], told: list[str]) -> dict[str, Any]:
             config[key] = main
             told.append(f"config.json: {key} {main}, as stored")
     if codes & {"rope of version 5", "rope differs, version 4"}:
-        config.update(version_4_rope(config))
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config["text_config"] = {**text, **version_4_rope(text)}
+        else:
+            config.update(version_4_rope(config))
         told.append("config.json: rope settings also in the keys of transformers 4")
     return config
 
@@ -185,9 +194,8 @@ def _tokens(view: Folder, codes: set[str], copy: _Copy) -> None:
     home = view.base if codes & _TOKENIZER and view.base is not None else view
     settings = home.json("tokenizer_config.json")
     if "tokenizer of version 5" in codes:
-        settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
-        settings.pop("backend", None)
-        copy.told.append("tokenizer_config.json: a class that both generations of transformers have")
+        settings = version_4_tokenizer(settings)
+        copy.told.append("tokenizer_config.json: in words that both generations of transformers read")
     if settings:
         copy.json["tokenizer_config.json"] = settings
     if home is not view:

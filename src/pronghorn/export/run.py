@@ -30,14 +30,14 @@ from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
 from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
-from pronghorn.export.vocabulary import merged_files, remove_quantization
+from pronghorn.export.text_only import check_text_class, keep_text_files, text_weights
+from pronghorn.export.vocabulary import for_both_generations, merged_files, remove_quantization
 from pronghorn.quant.stored import stored_4bit
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_CONFIG,
-    read_json,
     resolve,
     resolve_base,
 )
@@ -67,7 +67,8 @@ def export(
             bitsandbytes' NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read
             alike; "lora", the adapter as it is and its tokenizer; "gguf-q8_0" and so on, files for llama.cpp
             and Ollama (``adapter`` may then be a whole model). A MergeFormat also says onto which values of a
-            4-bit base, and on which rows to calibrate.
+            4-bit base, on which rows to calibrate, and whether of a multimodal base only the language model
+            is written.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -95,8 +96,20 @@ def export(
         found = original[0] if original else resolve_base(source, base=base, trust_remote_code=True)
     goal = Path(target).expanduser()
     check_apart(goal, {"base": found.path, "adapter": source.path})
+    if wanted.text_only:
+        check_text_class(found)
     watch = progress if isinstance(progress, Watch) else Watch(progress)
-    job = Job(source, found, goal, overwrite, verify, watch.bytes, wanted.onto, finished=watch.file)
+    job = Job(
+        source,
+        found,
+        goal,
+        overwrite,
+        verify,
+        watch.bytes,
+        wanted.onto,
+        wanted.text_only,
+        finished=watch.file,
+    )
     with _disk_errors(goal):
         report = write(job)
     trained_on = original[1] if original else None
@@ -158,6 +171,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
 def _merged(job: Job, quantised: str | None = None) -> ExportReport:
     adapter = read_adapter(job.adapter.path)
     base = base_weights(job.base, adapter.record, job.onto)
+    if job.text_only:
+        base = text_weights(base)
     weights = base.weights
     plan = plan_merge(weights, job.base.config, adapter, base.quantised)
     zero = _check_values(plan)
@@ -169,6 +184,10 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
         job.base.path, job.tokenizer, vocabulary=plan.vocabulary, untied=plan.untied is not None
     )
     remove_quantization(edits, job.base.path)
+    if job.text_only:
+        tied = plan.untied is None and "lm_head.weight" not in weights.tensors
+        keep_text_files(edits, job.base.path, tied=tied)
+    for_both_generations(edits, job.base.path)
     if codes is not None:
         _add_quantisation(edits, codes, job.base.path)
     copied, left = small_files(job.base.path)
@@ -205,6 +224,10 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
 
 def _packed(job: Job) -> ExportReport:
     """The merged model, verified in 16-bit and then written in NF4."""
+    if "vision_config" in job.base.config:
+        raise NotSupportedError(
+            "merged_4bit of a multimodal model is not proven", fix="use merged_16bit, or --text-only with it"
+        )
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
@@ -245,8 +268,7 @@ def _check_values(plan: MergePlan) -> list[str]:
 
 
 def _add_quantisation(edits: FolderEdits, codes: Quantisation, base: Path) -> None:
-    edited = edits.files.get(BASE_CONFIG)
-    edits.files[BASE_CONFIG] = codes.edit(json.loads(edited) if edited else read_json(base / BASE_CONFIG))
+    edits.files[BASE_CONFIG] = codes.edit(edits.document(base, BASE_CONFIG))
     edits.listed.append(f"{BASE_CONFIG}: quantization_config added ({codes.scheme.layout})")
 
 

@@ -57,7 +57,8 @@ def share(weights: WeightFolder, config: Mapping[str, Any], adapter: AdapterFold
     Raises:
         ExportError: the adapter was trained with tied="keep", but its two updates differ.
     """
-    for embedding, head in keymap.TIED:
+    # the files may have the embedding under the name of another class: the adapter's own name comes first
+    for embedding, head in sorted(keymap.TIED, key=lambda pair: not _parts(adapter, pair[0]).entries):
         first, last = keymap.find(embedding, weights.tensors), keymap.find(head, weights.tensors)
         if first is None:
             continue

@@ -29,7 +29,15 @@ from pronghorn.export.verify_engines import (
     judge,
     judge_llama,
 )
-from pronghorn.export.verify_folder import ADAPTER_CONFIG, FLOATS, Folder, Promise, Row, without_quantization
+from pronghorn.export.verify_folder import (
+    ADAPTER_CONFIG,
+    FLOATS,
+    Folder,
+    Promise,
+    Row,
+    base_of,
+    without_quantization,
+)
 from pronghorn.export.verify_gguf import check_gguf, gguf_files
 from pronghorn.export.verify_names import expected, tensors_agree
 from pronghorn.export.verify_readings import config_as_base, tokens_as_base
@@ -253,7 +261,9 @@ def check_files(folder: Path, base: Path | None) -> VerifyReport:
 
 
 def _view(folder: Path, base: Path | None) -> Folder:
-    view = Folder(folder, base=Folder(base) if base is not None and base != folder else None)
+    view = Folder(folder)
+    if base is not None and base != folder:
+        view = Folder(folder, base=base_of(view, base))
     if view.base is not None and (_in_4bit(view) or _in_4bit(view.base)):
         return Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
     return view

@@ -128,7 +128,7 @@ def tail(module: str) -> str:
     The layers of an image or sound tower keep a prefix of their own.
     """
     match = re.search(r"(?:layers|h|blocks)\.\d+\..+$|(?:embed_tokens|wte|norm|lm_head)(?:\.\w+)?$", module)
-    tower = "tower." if re.search(r"(^|\.)(vision|visual|audio)", module) else ""
+    tower = "tower." if re.search(r"(^|\.)(vision|visual|audio|multi_modal_projector)", module) else ""
     return tower + match[0] if match else module
 
 

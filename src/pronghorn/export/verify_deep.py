@@ -23,7 +23,7 @@ from pronghorn.export import verify_model, verify_quant
 from pronghorn.export.verify_class import class_agrees
 from pronghorn.export.verify_codes import settings
 from pronghorn.export.verify_decode import QUALITY, DecodedWeights, load_decoded, quality, sizes
-from pronghorn.export.verify_folder import Folder, Row, verdict
+from pronghorn.export.verify_folder import Folder, Row, base_of, verdict
 from pronghorn.export.verify_loss import LOSS, Losses, Rows, loss_row, read_rows, token_losses
 from pronghorn.export.verify_model import Answer, Whole
 from pronghorn.export.verify_stream import Comparison, compare_weights
@@ -153,7 +153,7 @@ def _against(view: Folder, adapter: Path, base: Folder, rows: Rows | None) -> It
     if not view.is_adapter:
         if not settings(view):
             yield class_agrees(view.path)
-        yield _weights_row(compare_weights(view, base, adapter))
+        yield _weights_row(compare_weights(view, base_of(view, base.path), adapter))
     home = _tokenizer_home(adapter, base.path)
     if "tokenizer_config.json" in view.names or not view.is_adapter:
         yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, home))

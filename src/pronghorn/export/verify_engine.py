@@ -95,10 +95,11 @@ def engine_promises(view: Folder, engine: Engine, python: Path, opened: Path) ->
 
 
 def _truth(view: Folder, engine: Engine) -> Truth:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     # as people get it: by model type, where vLLM goes by the class that architectures names
-    model = verify_model.load_model(view.path, AutoModelForCausalLM)
+    kind = AutoModelForImageTextToText if "vision_config" in view.config else AutoModelForCausalLM
+    model = verify_model.load_model(view.path, kind)
     tokenizer = None
     if "tokenizer_config.json" in view.names:
         tokenizer = AutoTokenizer.from_pretrained(view.path, local_files_only=True)

@@ -130,6 +130,7 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     "stacked experts": Consequence(
         (RIGHT, LOGITS, REFUSED, REFUSED), "save it with transformers' save_pretrained"
     ),
+    "tower one level up": Consequence((RIGHT, LOGITS, REFUSED, REFUSED), _RENAME),
     "linear lost": Consequence(_ALL_WRONG, _AGAIN),
     "expert lost": Consequence((REFUSED, LOGITS, LOGITS, REFUSED), _AGAIN),
     "norm lost": Consequence((LOGITS, LOGITS, REFUSED, REFUSED), _AGAIN),
@@ -175,7 +176,8 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     "rope not stated": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR), _SAY),
     "config differs": Consequence(_ALL_WRONG, _BASE),
     "other activation": Consequence((LOGITS, LOGITS, REFUSED, LOGITS), _BASE),
-    # tokenizer, chat and ends
+    # image processor, tokenizer, chat and ends
+    "no image processor": Consequence((RIGHT, RIGHT, REFUSED, REFUSED), _BASE),
     "no tokenizer": Consequence(_ALL_REFUSE, _BASE),
     "no tokenizer config": Consequence(_FINE, _BASE),
     "tokenizer of version 5": Consequence((RIGHT, REFUSED, RIGHT, RIGHT), _BOTH),

@@ -6,6 +6,7 @@ Shares no code with the exporter, on purpose: a fault there must not hide itself
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ DTYPE_BITS = {
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
+# the language model's tensors in a multimodal folder, in the layouts of transformers before and since 4.52
+_LANGUAGE = re.compile(r"language_model\.(?=model\.|lm_head\.)|(model\.)language_model\.|(?=lm_head\.)")
 _HEADER_CAP_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -220,6 +223,36 @@ class Folder:
     def is_adapter(self) -> bool:
         """An adapter and no model: adapter files, and no weights beside them."""
         return bool(self.names & set(ADAPTER_FILES)) and not self.weight_files and INDEX not in self.names
+
+
+class LanguageModel(Folder):
+    """The language model of a multimodal folder: its part of config.json, its tensors by its own names."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The part of config.json that describes it."""
+        return dict(self.json("config.json")["text_config"])
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, as a folder of the text class calls them."""
+        found = {}
+        for header in self.headers.values():
+            for name, tensor in header.items():
+                if match := _LANGUAGE.match(name):
+                    found[(match[1] or "") + name[match.end() :]] = tensor
+        return found
+
+
+def base_of(folder: Folder, base: Path) -> Folder:
+    """The base to compare with: of a multimodal one the language model, where the folder holds only that."""
+    whole = Folder(base)
+    try:
+        text, kind = whole.config.get("text_config"), folder.config.get("model_type")
+    except UnreadableError:
+        return whole  # a broken promise, which says so
+    alone = isinstance(text, dict) and "text_config" not in folder.config and text.get("model_type") == kind
+    return LanguageModel(base) if alone else whole
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pronghorn.export.verify_class import model_class
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FLOATS, Folder, read_header
 from pronghorn.export.verify_render import rendered
 from pronghorn.export.verify_tokens import token_table
+from pronghorn.export.verify_weights import embedding_rows
 
 RANDOM_PROMPTS, RANDOM_TOKENS, CHAT_TOKENS, NEW_TOKENS = 3, 24, 64, 24
 CHAT = ({"role": "user", "content": "Name three colours, then stop."},)
@@ -155,7 +156,8 @@ def prompts(folder: Folder, tokenizer: Any) -> list[torch.Tensor]:
     nothing without their data.
     """
     generator = torch.Generator().manual_seed(20)
-    size = int(folder.text_config["vocab_size"])
+    # a config that does not state it means its class's default, which has as many rows
+    size = int(folder.text_config.get("vocab_size") or embedding_rows(folder))
     ids = torch.randint(0, size, (RANDOM_PROMPTS, RANDOM_TOKENS), generator=generator)
     for key, value in folder.config.items():
         if (

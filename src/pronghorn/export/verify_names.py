@@ -152,7 +152,10 @@ def under(prefix: str, name: str) -> str:
 def original_name(name: str, config: Mapping[str, Any]) -> str:
     """What a text model's tensor is called without wrappers, PEFT's layers and other layouts' prefixes."""
     plain = name.replace(".base_layer.", ".")
-    wanted = {**(expected(config) or {}), "lm_head.weight": ()}
+    known = expected(config)
+    if known is None:
+        return plain
+    wanted = {**known, "lm_head.weight": ()}
     for prefix in PREFIXES:
         stripped = plain.removeprefix(prefix)
         for candidate in (stripped, f"model.{stripped}"):

@@ -6,6 +6,7 @@ takes the ends of answers from more places than transformers does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ CLASSES: Mapping[str, str] = {
     "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }  # fmt: skip
+PREPROCESSOR = "preprocessor_config.json"
+# a SigLIP tower as transformers 5 names it in memory, and writes it for models that came from no file
+FLAT_TOWER = re.compile(r"(?<=vision_tower\.)(?=(embeddings|encoder|post_layernorm|head)\.)")
 _VERSION_5_TOKENIZERS = frozenset({"TokenizersBackend"})
 # keys that do not change what is computed, or that other promises look after
 _NOT_COMPARED = frozenset({
@@ -70,16 +74,33 @@ def rope_of_version_4(config: Mapping[str, Any]) -> Rope:
 
 
 def version_4_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of transformers 4 for settings that only rope_parameters state."""
-    stated = config.get("rope_parameters") or {}
+    """The keys of transformers 4 for what rope_parameters state."""
+    stated = config.get("rope_parameters")
+    if not isinstance(stated, dict):
+        return {}
+    by_kind = any(isinstance(one, dict) for one in stated.values())
+    if by_kind and config.get("model_type") != "gemma3_text":
+        return {}  # transformers 4 had no common keys for several kinds of layer
     full = stated.get("full_attention", stated)
     keys: dict[str, Any] = {"rope_theta": full.get("rope_theta")}
-    if "sliding_attention" in stated:
+    if by_kind:
         keys["rope_local_base_freq"] = stated["sliding_attention"].get("rope_theta")
     rest = {key: value for key, value in full.items() if key != "rope_theta"}
-    if rest.get("rope_type", "default") != "default":
+    keys["partial_rotary_factor"] = rest.pop("partial_rotary_factor", None)
+    if rest.keys() - {"rope_type"} or rest.get("rope_type", "default") != "default":
         keys["rope_scaling"] = rest
     return {key: value for key, value in keys.items() if value is not None}
+
+
+def version_4_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json in words that both generations read."""
+    found = dict(settings)
+    if found.get("tokenizer_class") in _VERSION_5_TOKENIZERS:
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+        found.pop("backend", None)
+    if isinstance(found.get("extra_special_tokens"), list):  # transformers 4 wants names for them
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
 
 
 def _default(config: Mapping[str, Any]) -> float | None:
@@ -128,10 +149,15 @@ def rope_faults(folder: Folder) -> list[Fault]:
 
 
 def tokenizer_class_faults(folder: Folder) -> list[Fault]:
-    """Tokenizer classes that only transformers 5 has."""
-    named = folder.json("tokenizer_config.json").get("tokenizer_class")
-    told = f"tokenizer_config.json names the class {named}, which transformers 4 has not"
-    return [Fault("tokenizer of version 5", told)] if named in _VERSION_5_TOKENIZERS else []
+    """A tokenizer_config.json that only transformers 5 reads: its class, or a list of extra tokens."""
+    settings = folder.json("tokenizer_config.json")
+    named = settings.get("tokenizer_class")
+    told = []
+    if named in _VERSION_5_TOKENIZERS:
+        told.append(f"tokenizer_config.json names the class {named}, which transformers 4 has not")
+    if isinstance(settings.get("extra_special_tokens"), list):
+        told.append("tokenizer_config.json lists extra_special_tokens, which transformers 4 wants by name")
+    return [Fault("tokenizer of version 5", one) for one in told]
 
 
 def class_faults(folder: Folder) -> list[Fault]:
@@ -193,6 +219,22 @@ def quantised_faults(folder: Folder) -> list[Fault]:
     return []
 
 
+def tower_faults(folder: Folder) -> list[Fault]:
+    """An image tower whose names or processor engines do not find."""
+    if not isinstance(folder.config.get("vision_config"), dict):
+        return []
+    faults = []
+    flat = next((name for name in folder.tensors if FLAT_TOWER.search(name)), None)
+    if flat is not None:
+        told = (
+            f"{flat} lies a level higher than transformers 4 and vLLM look for it (vision_tower.vision_model)"
+        )
+        faults.append(Fault("tower one level up", told))
+    if PREPROCESSOR not in folder.names and "image_processor" not in folder.json("processor_config.json"):
+        faults.append(Fault("no image processor", f"{PREPROCESSOR} is missing"))
+    return faults
+
+
 READINGS: tuple[Callable[[Folder], list[Fault]], ...] = (
     rope_faults,
     tokenizer_class_faults,
@@ -200,6 +242,7 @@ READINGS: tuple[Callable[[Folder], list[Fault]], ...] = (
     chat_faults,
     end_faults,
     quantised_faults,
+    tower_faults,
 )
 
 

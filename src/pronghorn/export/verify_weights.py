@@ -192,13 +192,20 @@ def config_sane(folder: Folder) -> Finding:
 
 @promise("vocab_size equals the embedding rows")
 def vocabulary_agrees(folder: Folder) -> Finding:
-    """vocab_size equals the rows of the embeddings and of the output head."""
+    """vocab_size, where it is stated, equals the rows of the embeddings and of the output head."""
     size = folder.text_config.get("vocab_size")
     rows = {t: tensor.shape[0] for t, tensor in _vocabulary(folder).items() if tensor.shape}
+    if size is None and len(set(rows.values())) == 1:
+        return True, f"not stated, {rows.popitem()[1]} rows"
     problems = [
         Fault("vocabulary", f"{t} has {n} rows, vocab_size is {size}") for t, n in rows.items() if n != size
     ]
     return verdict(problems, f"{size} (in {len(rows)} tensors)")
+
+
+def embedding_rows(folder: Folder) -> int:
+    """Rows of the language model's embeddings."""
+    return next(tensor.shape[0] for name, tensor in _vocabulary(folder).items() if not _HEAD.search(name))
 
 
 def _vocabulary(folder: Folder) -> dict[str, Tensor]:

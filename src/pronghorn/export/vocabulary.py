@@ -19,6 +19,7 @@ from pronghorn.adapters.tokenizer_files import (
     set_key,
 )
 from pronghorn.export.onto import without_quantization
+from pronghorn.export.verify_readings import version_4_rope, version_4_tokenizer
 from pronghorn.sources.resolve import read_json
 
 
@@ -51,20 +52,36 @@ def merged_files(base: Path, adapter: Path, *, vocabulary: int | None, untied: b
 
 def remove_quantization(edits: FolderEdits, base: Path) -> None:
     """Take every quantization_config out of config.json: what is written is in 16-bit."""
-    content = edits.files.get(CONFIG)
-    document = json.loads(content) if content else read_json(base / CONFIG)
+    document = edits.document(base, CONFIG)
     if without_quantization(document):
         edits.files[CONFIG] = dump(document)
         edits.listed.append(f"{CONFIG}: quantization_config removed")
+
+
+def for_both_generations(edits: FolderEdits, base: Path) -> None:
+    """Say what only transformers 5 reads in the words of 4, too: rope settings, tokenizer class."""
+    config = edits.document(base, CONFIG)
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    added = {} if text.get("rope_theta") or text.get("rope_scaling") else version_4_rope(text)
+    if added:
+        text.update(added)
+        edits.files[CONFIG] = dump(config)
+        edits.listed.append(f"{CONFIG}: {', '.join(added)} added, for transformers 4")
+    settings = edits.document(base, SETTINGS)
+    readable = version_4_tokenizer(settings)
+    if readable != settings:
+        edits.files[SETTINGS] = dump(readable)
+        edits.listed.append(f"{SETTINGS}: in the words of transformers 4, which both generations read")
 
 
 _DOCUMENTS = (CONFIG, GENERATION, SETTINGS, SPECIAL_MAP, ADDED)
 
 
 def _set_config(edits: FolderEdits, config: dict[str, Any], key: str, value: Any) -> None:
-    """A key of config.json, and of its text part where that has it."""
+    """A key of config.json, and of its text part where that has it; transformers 4 ties by the latter's."""
     text = config.get("text_config")
-    if isinstance(text, dict) and key in text:
+    if isinstance(text, dict) and (key in text or key == "tie_word_embeddings"):
         set_key(edits, f"{CONFIG} text_config", text, key, value)
     if key in config or not isinstance(text, dict) or key == "tie_word_embeddings":
         set_key(edits, CONFIG, config, key, value)

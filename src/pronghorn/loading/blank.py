@@ -50,7 +50,7 @@ def blank_base(source: Source, options: LoadOptions) -> Blank:
             "what a run on a base in 8-bit takes is not predicted", fix="plan it in NF4 or in 16-bit"
         )
     common = common_arguments(options.trust_remote_code)
-    config = read_config(source, common)
+    config = read_config(source, common, quantised=plan.quantised is not None)
     if plan.stored:
         model = _from_config(source, config, options)
         names = [model_name for name in plan.stored if (model_name := _module_of(model, name))]

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.utils import logging as transformers_logging
 
 from pronghorn.attention.interface import lost_cap
@@ -55,7 +60,7 @@ def load_base(
     plan = plan_load(source, quantization)
     before = memory()
     common = common_arguments(trust_remote_code)
-    config = read_config(source, common)
+    config = read_config(source, common, quantised=plan.quantised is not None)
     # 4-bit tensors cannot be put together on the meta device
     blank = None if plan.stored else load_blank(source, config, dtype, common)
     if plan.encode is not None:
@@ -103,12 +108,12 @@ def load_blank(source: Source, config: Any, dtype: torch.dtype | str, common: di
     return blank
 
 
-def read_config(source: Source, common: dict[str, Any]) -> Any:
-    """The transformers config of a base folder.
+def read_config(source: Source, common: dict[str, Any], *, quantised: bool) -> Any:
+    """The transformers config of a base folder, which is to be held ``quantised`` or not.
 
     Raises:
         SourceError: transformers does not understand it.
-        NotSupportedError: it is of a multimodal model.
+        NotSupportedError: it is of a multimodal model without a language model, or one to be quantised.
     """
     try:
         config = AutoConfig.from_pretrained(source.path, **common)
@@ -117,17 +122,27 @@ def read_config(source: Source, common: dict[str, Any]) -> Any:
             f"{source.path / 'config.json'} is not understood by transformers: {error}",
             fix="check the config, or upgrade transformers if the model is newer than it",
         ) from error
-    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+    images = hasattr(config, "vision_config")
+    if hasattr(config, "audio_config") or (
+        images and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
         raise NotSupportedError(
-            f"{source.name} is a multimodal model ({config.model_type}); only text models can be loaded",
-            fix="use a text-only model of the same family",
+            f"{source.name} is a multimodal model ({config.model_type}) without a language model to train",
+            fix="use a model of text, or of text and images",
+        )
+    if images and quantised:
+        raise NotSupportedError(
+            f"{source.name} is a multimodal model ({config.model_type}), which is held in 16-bit only",
+            fix="leave the quantization out (load_in_4bit, load_in_8bit)",
         )
     return config
 
 
-def _build(source: Source, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+def _build(source: Source, config: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """A model with an image tower is built whole; its language model is what trains."""
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with load_errors(source):
-        model, info = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **arguments)
+        model, info = kind.from_pretrained(source.path, config=config, output_loading_info=True, **arguments)
     return model, info
 
 

@@ -16,13 +16,19 @@ from pronghorn.errors import ExportError
 
 # (name in the model, name in the files), as the start of a tensor's name
 PREFIXES: tuple[tuple[str, str], ...] = (
-    (
-        "model.language_model.",
-        "language_model.model.",
-    ),  # multimodal models on the hub before transformers 4.52
+    # multimodal models on the hub before transformers 4.52
+    ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("lm_head.", "language_model.lm_head."),
+    # the same for Qwen 2 VL and 2.5 VL; the former also where the files hold the language model alone
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+    # SigLIP towers have one level less since transformers 5
+    ("model.vision_tower.", "model.vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ("model.vision_tower.vision_model.", "vision_tower."),
     ("model.", ""),  # a base saved without its head, e.g. LlamaModel
     ("transformer.", ""),  # the same for GPT-2
 )

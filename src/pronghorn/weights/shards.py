@@ -50,7 +50,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file: ``prefix`` is all before the tensors, verbatim; ``size`` the bytes of the file."""
+    """A safetensors file: ``prefix`` is all before the tensors, verbatim; ``size`` the bytes of the file.
+
+    ``prefix`` is empty in a view, whose ``tensors`` are not those that the header lists.
+    """
 
     path: Path
     prefix: bytes
