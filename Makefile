@@ -42,7 +42,7 @@ demo: $(VENV)/.ready ## train, resume, merge, verify and ask a tiny model, in mi
 	$(RUN) demo/run.py
 
 test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vLLM
-	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" --durations=5
+	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" -n 2 --dist loadfile --durations=5
 
 test-external: $(VENV)/.ready $(VLLM)/.ready $(TORCHVISION)/.ready $(LLAMA)/.ready $(GPTQ)/.ready ## all other tests on the real vLLM, llama.cpp and llm-compressor, and the slow ones
 	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError
 from pronghorn.export.formats import format_of_method
-from pronghorn.fast import FastLanguageModel
+from pronghorn.fast.model import FastLanguageModel
 from pronghorn.loading.load import load
 from tests import tiny
 

@@ -14,7 +14,7 @@ from gguf import GGUFReader, dequantize
 
 from pronghorn.errors import AdapterError, ConfigError, MissingDependencyError, NotSupportedError
 from pronghorn.export import gguf_engine
-from pronghorn.fast import FastLanguageModel
+from pronghorn.fast.model import FastLanguageModel
 from tests import tiny
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pronghorn.errors import PronghornError as PronghornError
     from pronghorn.export.run import export as export
     from pronghorn.export.verify import verify as verify
-    from pronghorn.fast import FastLanguageModel as FastLanguageModel
+    from pronghorn.fast.model import FastLanguageModel as FastLanguageModel
     from pronghorn.loading.load import load as load
     from pronghorn.loading.options import LoadOptions as LoadOptions
     from pronghorn.patching.accelerate import accelerate as accelerate
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _HOMES = {
-    "FastLanguageModel": "pronghorn.fast",
+    "FastLanguageModel": "pronghorn.fast.model",
     "LoadOptions": "pronghorn.loading.options",
     "LoraOptions": "pronghorn.adapters.options",
     "PronghornError": "pronghorn.errors",

@@ -13,7 +13,9 @@ FUNCTION_LINES = 80
 KERNEL_LINES = 150  # a Triton kernel
 PARAMETERS = 8
 # the drop-in names keep the signatures that notebooks already call; a command's options are its signature
-MANY_PARAMETERS = frozenset({"pronghorn.fast", "pronghorn.cli.export", "pronghorn.cli.verify"})
+MANY_PARAMETERS = frozenset(
+    {"pronghorn.fast.model", "pronghorn.fast.saving", "pronghorn.cli.export", "pronghorn.cli.verify"}
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

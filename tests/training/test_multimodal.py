@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from pronghorn.adapters.attach import attach_lora
 from pronghorn.errors import NotSupportedError
 from pronghorn.export.text_only import TEXT_CLASSES
-from pronghorn.fast import FastLanguageModel
+from pronghorn.fast.model import FastLanguageModel
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.sources.resolve import read_json
