@@ -45,10 +45,7 @@ def export(
         typer.Option(help="The Python that has llama_cpp, for the GGUF formats that its quantiser makes."),
     ] = None,
     calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            help="Rows, as for training, on which GPTQ (llm-compressor) chooses the codes of w4a16."
-        ),
+        Path | None, typer.Option(help="Rows on which GPTQ (llm-compressor) chooses the codes of w4a16.")
     ] = None,
     calibrate_python: Annotated[
         Path | None, typer.Option(help="The Python that has llmcompressor, where it is not this one.")
@@ -67,14 +64,10 @@ def export(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
 ) -> None:
     """Merge an adapter into its base, file to file, and verify the result in a fresh process."""
-    from pronghorn.cli.tables import print_table
-    from pronghorn.errors import ConfigError
     from pronghorn.export.onto import MergeFormat
     from pronghorn.export.run import export as run
-    from pronghorn.serving.hub import Push
 
-    if private and push is None:
-        raise ConfigError("--private is for a repository, and --push names none", fix="add --push REPO")
+    place = _place(push, private, overwrite)
     wanted = MergeFormat(
         format_,
         onto,  # type: ignore[arg-type]  # it checks itself
@@ -96,9 +89,26 @@ def export(
             progress=watch,
         )
 
-    place = Push(push, None, private or None, overwrite) if push is not None else None
     report, pushed = _watched(write, place, "finishing" if no_verify else "verifying in a fresh process")
-    print_table(f"export {adapter} -> {target}", ("what", "value"), _rows(report))
+    _print(report, f"export {adapter} -> {target}", onto)
+    if pushed is not None:
+        typer.echo(pushed)
+
+
+def _place(repo: str | None, private: bool, overwrite: bool) -> Push | None:
+    from pronghorn.errors import ConfigError
+    from pronghorn.serving.hub import Push
+
+    if private and repo is None:
+        raise ConfigError("--private is for a repository, and --push names none", fix="add --push REPO")
+    return Push(repo, None, private or None, overwrite) if repo is not None else None
+
+
+def _print(report: ExportReport, title: str, onto: str) -> None:
+    """What was written, checked and lost, and how it is served."""
+    from pronghorn.cli.tables import print_table
+
+    print_table(title, ("what", "value"), _rows(report))
     if report.checks:
         print_table(
             "verified", ("promise", "kept", "detail"), ((row.name, True, row.detail) for row in report.checks)
@@ -108,8 +118,6 @@ def export(
     if report.onto is not None:
         _print_drift(report, onto)
     _print_llama_cpp(report) if report.format.startswith("gguf-") else _print_serving(report)
-    if pushed is not None:
-        typer.echo(pushed)
 
 
 def _watched(

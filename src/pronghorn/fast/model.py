@@ -101,7 +101,7 @@ class FastLanguageModel:
             random_state: seed of an adapter attached later.
             text_only: rows are text; of a model with an image tower the language model trains.
             base: for an adapter, where its base is now.
-            unsloth_tiled_mlp: for long rows, MLPs and experts in tiles of as many tokens as the model is wide
+            unsloth_tiled_mlp: MLPs and experts in tiles of as many tokens as the model is wide: for long rows.
             accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
             **other: other names of this kind are refused with the reason.
 
@@ -114,13 +114,9 @@ class FastLanguageModel:
         if full_finetuning:
             raise NotSupportedError("full_finetuning=True: only adapters are trained", fix="leave it out")
         if rope_scaling is not None:
-            raise NotSupportedError(
-                "rope_scaling cannot be changed at load", fix="set it in the model's config.json"
-            )
+            raise NotSupportedError("rope_scaling cannot be changed at load", fix="set it in config.json")
         if not text_only:
-            raise NotSupportedError(
-                "text_only=False: rows with images are not trained on", fix="leave it out"
-            )
+            raise NotSupportedError("text_only=False: images are not trained on", fix="leave it out")
         options = LoadOptions(
             max_seq_length=max_seq_length,
             dtype=dtype,

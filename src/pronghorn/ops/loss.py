@@ -157,6 +157,7 @@ class _CrossEntropy(torch.autograd.Function):
                 grads[1].addmm_(raw.t().float(), here.float(), alpha=scale)
             if grads[2] is not None:
                 grads[2].add_(raw.float().sum(0), alpha=scale)
+            del raw  # else it would be alive beside the next tile's
         ctx.save_for_backward(*(g for g in grads if g is not None), *([] if late is None else [late]))
         ctx.have, ctx.dtype = [g is not None for g in grads], weight.dtype
         return loss.mul_(scale) if late is None else loss.mul_(late)
@@ -197,7 +198,8 @@ def _rows_loss(
 ) -> Tensor:
     """The ``rows`` of ``LossPieces`` by torch, which never sees an ignored label."""
     total = raw.new_zeros((), dtype=torch.float32)
-    for tile in _tiles(raw.shape[0], raw.shape[1], torch.float32.itemsize):
+    # float32 logits and their probabilities are alive together
+    for tile in _tiles(raw.shape[0], raw.shape[1], 2 * torch.float32.itemsize):
         z, backward_steps = _through_chain(raw[tile], chain)
         p, lse = _softmax(z)
         here = labels[tile][:, None]
@@ -207,6 +209,7 @@ def _rows_loss(
             for step in backward_steps:
                 p = step(p)
             raw[tile] = p
+        del z, p
     return total
 
 
@@ -239,6 +242,7 @@ class _LogProb(torch.autograd.Function):
                 for step in backward_steps:
                     p = step(p)
                 unit[tile] = raw.copy_(p) @ weight
+            del raw, z, p
         if unit is not None:
             ctx.save_for_backward(hidden, unit, entropy.detach())
         ctx.head, ctx.chain = (weight, bias), chain
@@ -280,4 +284,5 @@ def _entropy_backward(
         for step in backward_steps:
             g = step(g)
         out[tile] = raw.copy_(g) @ weight
+        del raw, z, p, g, surprise
     return out
