@@ -101,7 +101,7 @@ class FastLanguageModel:
             random_state: seed of an adapter attached later.
             text_only: rows are text; of a model with an image tower the language model trains.
             base: for an adapter, where its base is now.
-            unsloth_tiled_mlp: MLPs and experts in tiles of as many tokens as the model is wide: for long rows.
+            unsloth_tiled_mlp: MLPs and experts in tiles of as many tokens as the model is wide.
             accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
             **other: other names of this kind are refused with the reason.
 
