@@ -45,7 +45,7 @@ test: $(VENV)/.ready $(VLLM)/.ready ## the CPU suite and one test on the real vL
 	$(RUN) -m pytest -m "not slow and not gpu and (smoke or not external)" -n 2 --dist loadfile --durations=5
 
 test-external: $(VENV)/.ready $(VLLM)/.ready $(TORCHVISION)/.ready $(LLAMA)/.ready $(GPTQ)/.ready ## all other tests on the real vLLM, llama.cpp and llm-compressor, and the slow ones
-	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" --durations=5
+	$(RUN) -m pytest -m "not gpu and not smoke and (external or slow)" -n 2 --dist loadfile --durations=8
 
 test-gpu: ## on a machine with a GPU: the kernels' own tests on the device, bfloat16 included, and whole models
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m "gpu and not external" --durations=5 tests/ops tests/gpu tests/memory/test_offload.py
@@ -106,7 +106,7 @@ $(VLLM)/.ready: constraints-vllm.txt
 	touch $@
 
 # Not an environment: what vLLM's image models import, for PYTHONPATH. The index has it for CUDA only, and beside
-# torch for the CPU it is imported with tests/external/torchvision before it.
+# torch for the CPU it is imported with tests/external/torchvision_ops before it.
 $(TORCHVISION)/.ready: $(VLLM)/.ready constraints-torchvision.txt
 	rm -rf $(TORCHVISION)
 	$(VLLM)/bin/python $(PIP) --no-deps --target $(TORCHVISION) --requirement constraints-torchvision.txt

@@ -182,8 +182,8 @@ def test_a_4_bit_export_that_fails_names_the_folder_asked_for(
     adapter = trained(tmp_path / "adapter", base)
     real = run.write_shards
 
-    def damaged(shards: Any, adapter: Any, staging: Path, progress: Any) -> Any:
-        counts = real(shards, adapter, staging, progress)
+    def damaged(shards: Any, adapter: Any, staging: Path, *told: Any) -> Any:
+        counts = real(shards, adapter, staging, *told)
         with next(staging.glob("*.safetensors")).open("r+b") as file:
             file.seek(-2, 2)
             file.write(b"xx")

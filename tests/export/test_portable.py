@@ -19,6 +19,7 @@ from pronghorn.export.class_modules import class_modules, serving_name
 from pronghorn.export.run import export
 from pronghorn.serving.vllm import plan_serving
 from tests import tiny
+from tests.multimodal import write_base
 from tests.stack import experts_are_stacked
 
 IDS = torch.tensor([[5, 60, 7, 8, 90, 10, 200]])
@@ -183,10 +184,8 @@ def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
               "image_size": 28, "patch_size": 14}  # fmt: skip
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("gemma") / "base"
-    AutoModelForImageTextToText.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    built = AutoModelForImageTextToText.from_config(config)
+    return write_base(tmp_path_factory.mktemp("gemma") / "base", "gemma3", "since 4.52", built=built)
 
 
 def test_a_text_adapter_gets_the_names_of_the_multimodal_class(multimodal: Path, tmp_path: Path) -> None:

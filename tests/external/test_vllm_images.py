@@ -89,7 +89,7 @@ def ask(folders: Mapping[str, Path], scratch: Path) -> dict[str, dict[str, Any]]
              "chat": [{"role": "user", "content": "Hello there"}]}  # fmt: skip
     job, out = scratch / "job.json", scratch / "out.jsonl"
     job.write_text(json.dumps([{"folder": str(folder), **asked} for folder in folders.values()]))
-    libraries = f"{Path(__file__).parent / 'torchvision'}{os.pathsep}{TORCHVISION}"
+    libraries = f"{Path(__file__).parent / 'torchvision_ops'}{os.pathsep}{TORCHVISION}"
     done = subprocess.run(
         [PYTHON, PROGRAM, job, out],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": libraries},
