@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_a_portable_adapter_is_served_with_one_command(tmp_path: Path) -> None:
         stderr=log,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+        # a shell that runs the tests in the background has them ignore Ctrl+C, and children inherit it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     try:
