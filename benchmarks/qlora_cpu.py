@@ -18,7 +18,7 @@ import peft
 import torch
 import transformers
 
-from benchmarks.steps import Benchmark, options_of
+from benchmarks.steps import Benchmark, llama, options_of, with_adapters
 from pronghorn import LoadOptions, load
 
 STEP = Benchmark(
@@ -33,20 +33,14 @@ STEP = Benchmark(
 
 def build(layers: int) -> Any:
     """Random 16-bit weights on disk, loaded in NF4, with fresh adapters."""
-    config = transformers.LlamaConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True,
-    )  # fmt: skip
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        base = transformers.AutoModelForCausalLM.from_config(llama(layers), dtype=torch.bfloat16)
+        base.save_pretrained(folder)
         tokenizer = Path(__file__).parents[1] / "demo" / "base"
         transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-        base, _ = load(folder, LoadOptions(quantization="nf4"))
-    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, lora)
-    model.enable_input_require_grads()
-    return model.train()
+        loaded, _ = load(folder, LoadOptions(quantization="nf4"))
+    return with_adapters(loaded)
 
 
 if __name__ == "__main__":

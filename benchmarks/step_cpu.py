@@ -13,9 +13,9 @@ from typing import Any
 import peft
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.steps import Benchmark, options_of
+from benchmarks.steps import Benchmark, llama, options_of, with_adapters
 
 STEP = Benchmark(
     name="step_cpu",
@@ -30,24 +30,12 @@ STEP = Benchmark(
 def build(layers: int) -> Any:
     """The base, once for all configurations."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        vocab_size=128_256,
-        tie_word_embeddings=True,
-    )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        base = LlamaForCausalLM(config)
+        base = LlamaForCausalLM(llama(layers))
     finally:
         torch.set_default_dtype(torch.float32)
-    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, lora)
-    model.enable_input_require_grads()
-    return model.train()
+    return with_adapters(base)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import peft
 import torch
+from transformers import LlamaConfig
 
 from pronghorn.patching.accelerate import accelerate
 from pronghorn.patching.report import PatchReport
@@ -81,6 +83,27 @@ To reach: {self.goals}.
 Made by `python -m benchmarks.{self.name} --write`.
 """
         (RESULTS / f"{self.name}.md").write_text(text)
+
+
+def llama(layers: int) -> LlamaConfig:
+    """0.38 B parameters with 16 layers."""
+    return LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        tie_word_embeddings=True,
+    )
+
+
+def with_adapters(base: Any) -> Any:
+    """LoRA r16 on every linear, ready to train as every trainer with adapters makes it."""
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, lora)
+    model.enable_input_require_grads()
+    return model.train()
 
 
 def options_of(description: str | None) -> argparse.Namespace:

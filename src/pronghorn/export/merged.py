@@ -66,6 +66,25 @@ class MergeCounts:
             count.changed += changed
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiles are too small to share: on a busy machine a team of threads waits 10 ms where one needs 0.1.
+
+    The setting is put back last: that of ``_workers`` would become the default of new threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+
+
+@_one_thread()
 def write_shards(
     shards: tuple[OutputShard, ...],
     adapter: Shard,
@@ -82,8 +101,7 @@ def write_shards(
     """
     writer = _Writer(FactorCache(adapter), MergeCounts())
     total, done = sum(shard.size for shard in shards), sum(len(shard.prefix) for shard in shards)
-    threads = torch.get_num_threads()
-    workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+    workers = _workers()
     syncer, teller = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     running: list[tuple[Path, int, list[Future[int]]]] = []
     syncs: list[Future[None]] = []
@@ -113,9 +131,6 @@ def write_shards(
         teller.shutdown(cancel_futures=True)
         for _, descriptor, _ in running:
             os.close(descriptor)
-        torch.set_num_threads(
-            threads
-        )  # the workers' own setting becomes the default of new threads otherwise
     return writer.counts
 
 
@@ -128,8 +143,7 @@ def with_divisors(shards: tuple[OutputShard, ...], adapter: Shard) -> tuple[Outp
     jobs = [job for shard in shards for job in writer.jobs(shard) if isinstance(job, _Merge)]
     jobs = [job for job in jobs if job.tensor.coded]
     found: dict[str, float] = {}
-    pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
-    with _one_thread(), pool as workers:
+    with _one_thread(), _workers() as workers:
         for job, largest in zip(jobs, workers.map(_Merge.largest, jobs), strict=True):
             parent = _parent(job.tensor)
             found[parent] = max(found.get(parent, 0.0), largest)
@@ -353,14 +367,3 @@ def _largest(adapter: Shard, entry: TensorEntry, first: int, last: int) -> float
         return 0.0
     low, high = map(float, torch.aminmax(read_rows(adapter, entry, first, last)))
     return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tiles are too small to share: on a busy machine a team of threads waits 10 ms where one needs 0.1."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -210,7 +210,6 @@ def verify(
         vllm_python: With ``deep``, the interpreter of an environment with vLLM, which opens the folder, too.
         llama_python: The same with llama-cpp-python, which opens what the export makes of the folder.
         onto: "original": of a base that was in 4-bit at training, the 16-bit values were merged onto.
-
         rows: With ``deep`` and ``against``, tokenised rows (JSON lines of input_ids and labels, -100 where
             nothing is trained): the folder's loss on them must be that of base + adapter.
 

@@ -14,11 +14,11 @@ from pronghorn.errors import DataError
 from pronghorn.loading.tokenizer import has_tokenizer, load_tokenizer
 from pronghorn.sources.resolve import resolve, resolve_base
 from pronghorn.training.config import load_config
+from pronghorn.training.folder import RunFolder
 
 # scored tokens: 2048 x 128k words of vocabulary in float32 are 1 GB of temporary file
 MAX_TOKENS = 2048
 IGNORED = -100
-RUN_CONFIG = "run.yaml"
 _MAX_ROW_TOKENS = 2048  # of a row; longer ones are cut
 
 
@@ -43,9 +43,11 @@ def scored_rows(
     for row in prepared:
         ids, labels = list(row["input_ids"]), list(row["labels"])
         here = sum(label != IGNORED for label in labels[1:])
-        if here and count < MAX_TOKENS:
+        if here:
             count += here
             yield ids, labels
+        if count >= MAX_TOKENS:
+            return
     if not count:
         raise DataError("no token of the rows is scored", fix="give rows with an answer")
 
@@ -76,7 +78,7 @@ def write_rows(target: Path, rows: str | Path | None, against: Path, base: Path 
 def _evaluation_rows(places: Sequence[str | Path], tokenizer: Any) -> Any:
     """The evaluation rows of the run in whose folder one of the places lies."""
     for place in places:
-        config = Path(place).expanduser().absolute().parent / RUN_CONFIG
+        config = RunFolder(Path(place).expanduser().absolute().parent).config
         if config.is_file():
             prepared = prepare(load_config(config).data, tokenizer, tokenizer.model_max_length).eval
             if prepared is not None:
