@@ -34,7 +34,7 @@ def tokens(answers: list[Any]) -> list[list[int]]:
 def learn(model: Any, seed: int) -> list[list[int]]:
     """Train until the greedy answers are those of ``seed``, far from any tie; what transformers generates."""
     model.for_training()
-    memorised.memorise(model, seed, steps=80, rate=1e-2)
+    memorised.memorise(model, seed, steps=60, rate=5e-3)
     model.for_inference()
     assert memorised.narrowest_margin(model, seed) > 2.0, "too close to a tie to prove anything"
     return memorised.greedy(model)
@@ -48,10 +48,10 @@ def test_a_notebook_trains_asks_trains_on_and_asks_again(tmp_path: Path) -> None
         base, dtype="float32", max_seq_length=64, fast_inference=True, vllm_python=vllm_engine.PYTHON,
         max_lora_rank=16,
     )  # fmt: skip
-    model = FastLanguageModel.get_peft_model(model, r=8, use_rslora=True)
+    model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
     trained = learn(model, TRAINED)
     model.save_lora(tmp_path / "lora", tokenizer)
-    model.save_lora(tmp_path / "first", tokenizer)
+    model.save_pretrained_merged(tmp_path / "first", tokenizer, save_method="lora")
     lora = model.load_lora(tmp_path / "lora")
     first = model.load_lora(tmp_path / "first")
     assert tokens(model.fast_generate(IDS, GREEDY, lora)) == trained

@@ -34,15 +34,11 @@ def main(lines: TextIO, answers: TextIO) -> None:
             else:
                 answer = {"outputs": _generate(llm, asked)}
         except (Exception, SystemExit) as error:
-            answer = {"error": _short(error), "goes_on": _goes_on(llm, error)}
+            # where a request is left behind, the next call would compute it, too
+            goes_on = llm is not None and not llm.llm_engine.has_unfinished_requests()
+            answer = {"error": _short(error), "goes_on": goes_on}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-
-
-def _goes_on(llm: Any, error: BaseException) -> bool:
-    """Only what was asked is at fault, and no request is left behind that the next call would compute."""
-    refused = llm is not None and isinstance(error, (TypeError, ValueError))
-    return refused and not llm.llm_engine.has_unfinished_requests()
 
 
 def _start(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -62,8 +58,15 @@ def _generate(llm: Any, asked: dict[str, Any]) -> list[dict[str, Any]]:
     for one in {lora.lora_int_id: lora for lora in loras if lora}.values():
         llm.llm_engine.add_lora(one)  # an adapter that vLLM rejects is rejected here, before any request
     prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
-    outputs = llm.generate(prompts, sampling, lora_request=loras, use_tqdm=False)
-    return [_output(output) for output in outputs]
+    answers: dict[int, Any] = {}
+    # apart: vLLM's CPU kernels apply the adapter of the last slot to requests of the base in the same batch
+    for of_base in (False, True):
+        at = [i for i, lora in enumerate(loras) if (lora is None) == of_base]
+        if at:
+            own = [[each[i] for i in at] for each in (prompts, sampling, loras)]
+            outputs = llm.generate(own[0], own[1], lora_request=own[2], use_tqdm=False)
+            answers.update(zip(at, outputs, strict=True))
+    return [_output(answers[i]) for i in range(len(prompts))]
 
 
 def _sampling(llm: Any, given: dict[str, Any] | None) -> Any:

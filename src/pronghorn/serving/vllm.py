@@ -112,6 +112,9 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
     arguments, environment = _with_adapters(adapter.base, adapter.rank)
     if (adapter.path / "tokenizer_config.json").is_file():
         arguments["tokenizer"] = str(adapter.path)  # vLLM does not look for one beside an adapter
+    if not torch.cuda.is_available():
+        # vLLM's CPU kernels apply the last slot to requests of the base beside an adapter's: it stays empty
+        arguments["max_loras"] = 2
     return ServePlan(adapter.base.path, name or adapter.path.name, adapter.path, arguments, environment)
 
 
