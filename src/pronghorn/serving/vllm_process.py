@@ -18,7 +18,7 @@ from typing import IO, Any
 from pronghorn.errors import ConfigError, PronghornError
 from pronghorn.serving.vllm import ENVIRONMENT, Engine, ServePlan
 
-PROGRAM = Path(__file__).with_name("generate_in_vllm.py")
+_PROGRAM = Path(__file__).with_name("generate_in_vllm.py")
 _LAST_BYTES, _LAST_LINES = 8192, 12
 _END_SECONDS = 10
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}  # all it loads is in local folders
@@ -27,9 +27,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1"}  # all it loads is in local folders
 class VllmProcess:
     """Ends with this object, and with the interpreter."""
 
-    def __init__(
-        self, engine: Engine, plan: ServePlan, *, ready_seconds: float = 900, program: Path = PROGRAM
-    ) -> None:
+    def __init__(self, engine: Engine, plan: ServePlan, *, ready_seconds: float = 900) -> None:
         """Start ``plan`` and wait until it answers.
 
         Raises:
@@ -38,7 +36,7 @@ class VllmProcess:
         self._lock = Lock()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         self._process = subprocess.Popen(
-            [engine.python, program],
+            [engine.python, _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -48,7 +46,7 @@ class VllmProcess:
         self.stop = weakref.finalize(self, _end, self._process)
         self.version = engine.version
         self.ready_seconds = ready_seconds
-        self._ask({"llm": {"model": str(plan.model), **plan.arguments}}, self._await_start)
+        self._ask(json.dumps({"llm": {"model": str(plan.model), **plan.arguments}}), self._await_start)
 
     @property
     def alive(self) -> bool:
@@ -63,20 +61,20 @@ class VllmProcess:
             PronghornError: it failed, and ended.
         """
         try:
-            json.dumps(asked)
+            question = json.dumps(asked)
         except TypeError as error:
             raise ConfigError(
                 f"it cannot be handed to vLLM: {error}", fix="use numbers, text and lists"
             ) from error
-        return list(self._ask(asked)["outputs"])
+        return list(self._ask(question)["outputs"])
 
-    def _ask(self, asked: Mapping[str, Any], wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    def _ask(self, question: str, wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """One line for one line."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with self._lock:
             try:
-                self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+                self._process.stdin.write(question.encode() + b"\n")
                 self._process.stdin.flush()
                 wait()
                 line = self._process.stdout.readline()
@@ -99,7 +97,9 @@ class VllmProcess:
 
     def _await_start(self) -> None:
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], self.ready_seconds)[0]:
+        answered = select.poll()  # not select.select, which takes only the first 1024 files of a process
+        answered.register(self._process.stdout, select.POLLIN)
+        if not answered.poll(self.ready_seconds * 1000):
             raise PronghornError(
                 f"vLLM {self.version} was not ready after {self.ready_seconds:.0f} s; its last lines:\n"
                 f"{_last_lines(self._log)}",
