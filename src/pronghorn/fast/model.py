@@ -116,7 +116,7 @@ class FastLanguageModel:
         """
         refuse("from_pretrained", other, _LOAD_REFUSED, FastLanguageModel.from_pretrained)
         quantization = _precision(load_in_4bit, load_in_8bit, load_in_16bit, dtype)
-        _refuse_training_of(full_finetuning, rope_scaling, text_only)
+        _refuse_unavailable(full_finetuning, rope_scaling, text_only)
         recomputed = bool(_checked_recompute(use_gradient_checkpointing))
         engine = engine_options(
             fast_inference, vllm_python, max_lora_rank, gpu_memory_utilization, float8_kv_cache
@@ -242,7 +242,7 @@ class FastLanguageModel:
         return model
 
 
-def _refuse_training_of(full_finetuning: bool, rope_scaling: Any, text_only: bool) -> None:
+def _refuse_unavailable(full_finetuning: bool, rope_scaling: Any, text_only: bool) -> None:
     if full_finetuning:
         raise NotSupportedError("full_finetuning=True: only adapters are trained", fix="leave it out")
     if rope_scaling is not None:
