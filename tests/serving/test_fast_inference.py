@@ -48,6 +48,7 @@ class SamplingParams:
 class LLM:
     def __init__(self, model, **arguments):
         print("noise on stdout", flush=True)
+        assert os.environ["VLLM_NO_USAGE_STATS"] == os.environ["HF_HUB_OFFLINE"] == "1"
         self.model, self.arguments, self.loaded = model, arguments, []
         self.llm_engine = Thing(add_lora=self.loaded.append, has_unfinished_requests=lambda: False)
         if os.environ.get("ECHO") == "fails":
