@@ -18,6 +18,7 @@ from pronghorn.export.verify_folder import Row
 from pronghorn.export.verify_loss import LOSS, Rows, read_rows, token_losses
 from pronghorn.serving.rows import write_rows
 from tests import tiny
+from tests.stack import require_models_on_disk
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,9 @@ def loss(folder: Path, adapter: Path, base: Path, rows: Path) -> Row:
 
 
 def test_a_merge_has_the_loss_of_base_and_adapter(
-    base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapter: Path, rows: Path, tmp_path: Path
 ) -> None:
-    merged = merge(base, adapter, tmp_path / "merged")
-    row = loss(merged, adapter, base, rows)
+    row = loss(merge(base, adapter, tmp_path / "merged"), adapter, base, rows)
     assert row.ok is True, row.detail
     wrapped = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
@@ -78,6 +78,13 @@ def test_a_merge_has_the_loss_of_base_and_adapter(
         own += [wrapped(**batch).loss.item()] * int((batch["labels"][:, 1:] != -100).sum())
     assert f"base + adapter {sum(own) / len(own):.5g}" in row.detail
     assert "29 tokens of 3 rows" in row.detail
+
+
+def test_the_loss_of_a_model_that_does_not_fit_in_memory(
+    base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_models_on_disk(tmp_path)
+    merged = merge(base, adapter, tmp_path / "merged")
     monkeypatch.setattr(verify_model, "needed_bytes", lambda _: 1 << 60)  # then module by module
     assert loss(merged, adapter, base, rows).ok is True
 
