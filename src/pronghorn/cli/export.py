@@ -155,9 +155,11 @@ def _print_drift(report: ExportReport, onto: str) -> None:
     try:
         measured = drift(report, onto)
     except PronghornError as error:
+        merge = f"pronghorn export {report.adapter} DIR --onto original, then " if report.is_adapter else ""
+        folder = "DIR" if report.is_adapter else report.folder
         print(
             f"drift from the trained model was not measured: {error.message}\n"
-            f"  fix: pronghorn compare {report.adapter} {report.folder} --rows FILE"
+            f"  fix: {merge}pronghorn compare {report.adapter} {folder} --rows FILE"
         )
         return
     print_table(

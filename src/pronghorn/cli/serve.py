@@ -43,6 +43,8 @@ def serve(
 
     plan = plan_serving(folder, base=base, name=name)
     print_plan(plan)
+    for note in plan.notes:
+        typer.echo(f"note:    {note}")
     if dry_run:
         return
     found = find_vllm(vllm_python)

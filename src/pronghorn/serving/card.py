@@ -32,7 +32,8 @@ class Result:
     """What a card is about.
 
     ``adapter``: the trained adapter's folder, for its record and its run; ``checks``: the promises that were
-    checked, with what was found.
+    checked, with what was found; ``onto``: where the training's base was quantised, what that means for this
+    result.
     """
 
     folder: Path
@@ -41,13 +42,14 @@ class Result:
     base: Path | None
     checks: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
+    onto: str | None = None
 
 
 def model_card(repo: str, result: Result) -> str:
     """The text of README.md for the hub."""
     base, run = _base_of(result), _run_of(result.adapter)
     lines = [*_head(base, result), "", f"# {repo.rpartition('/')[2]}", "", _summary(result, base)]
-    lines += ["", "## Base", "", *_told_base(base)]
+    lines += ["", "## Base", "", *_told_base(base), *([f"- {result.onto}"] if result.onto else ())]
     if run is not None:
         lines += ["", "## Data", "", *_told_data(run), "", "## Metrics", "", *_told_metrics(run)]
     lines += ["", "## How it was verified", "", *_told_checks(result), ""]
