@@ -21,9 +21,9 @@ from tests.external.memorised import MAX_TOKENS, PROMPTS
 
 pytestmark = pytest.mark.external
 
-# mean distance of the answers' log-probabilities that the engine's own rounding explains: bfloat16
-# arithmetic, and for fp8 activations in FP8; both as in test_quantized.py
-ROUNDING = {"w4a16": 0.06, "fp8": 0.3}
+# mean distance of the answers' log-probabilities that the engine's own rounding explains: 0.002 was measured
+# with bfloat16 arithmetic, and for fp8 with activations in FP8; without the adapter it is 8
+ROUNDING = {"w4a16": 0.02, "fp8": 0.02}
 
 
 @dataclass(frozen=True)

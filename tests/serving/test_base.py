@@ -19,6 +19,7 @@ from pronghorn.export.run import export
 from pronghorn.export.verify import verify
 from pronghorn.export.verify_engines import VLLM, Refusal, judge_refused
 from pronghorn.serving import vllm_check
+from pronghorn.serving.card import Result, model_card
 from pronghorn.serving.vllm import plan_serving
 from pronghorn.weights.folder import fingerprint, open_weights
 from tests import four_bit, tiny
@@ -167,6 +168,9 @@ def test_an_adapter_trained_in_4_bit_says_so_wherever_it_goes(
     report = export(tmp_path / "adapter", tmp_path / "served", format="adapter", verify=False)
     assert str(report.onto).startswith(told)
     assert told in str(report)
+    for kind in ("lora", "adapter"):
+        card = model_card("owner/name", Result(report.folder, kind, report.adapter, stored, ()))
+        assert f"- {told}" in card.split("## How it was verified")[0]
     (again,) = plan_serving(tmp_path / "served", base=full).notes
     assert again == note
     idle = tiny.write_adapter(tmp_path / "idle", full, scale=0.0)

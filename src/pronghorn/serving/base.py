@@ -7,32 +7,22 @@ hold the adapter already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from pronghorn.adapters.files import AdapterFolder
 from pronghorn.errors import AdapterError, NotSupportedError, PronghornError
 from pronghorn.export.onto import adapter_note
 from pronghorn.export.original import original_of
+from pronghorn.export.quantised_base import held_against
 from pronghorn.export.verify import recorded_base
-from pronghorn.export.verify_codes import Coded, coded
-from pronghorn.export.verify_decode import decode
-from pronghorn.export.verify_folder import Folder
-from pronghorn.quant.stored import StoredNF4, quantization_of, stored_4bit
+from pronghorn.quant.stored import quantization_of
 from pronghorn.sources.bounds import BITSANDBYTES, quantised_kind
 from pronghorn.sources.resolve import is_compressed, resolve_base
 from pronghorn.sources.source import Source
-from pronghorn.weights import keymap
-from pronghorn.weights.folder import WeightFolder, open_weights
-from pronghorn.weights.reader import read_rows, read_tensor
 
 # relative to the weight: rounding to 4 bits gives 0.1, twice 0.14, whole rows with outliers more; the weight
 # of another model 1.4
 _BOUND = 0.5
-_ROWS = 64
 # of the adapter's update: 1 where it is merged, 0 where it is not; rounding moves it by some hundredths
 _MERGED_SHARE = 0.5
 
@@ -85,9 +75,7 @@ def _quantised_note(source: Source, adapter: AdapterFolder, base: Source) -> str
             f"{told}, and the base of the training is not here to compare values with: names and shapes fit, "
             "but whether it is the same model, without the adapter merged in, was not checked"
         )
-    weights = open_weights(trained.path)
-    stored = stored_4bit(trained.config, weights)
-    off, share = _compare(_pieces(adapter, Folder(base.path), weights, stored))
+    off, share = held_against(adapter, base.path, trained)
     if off > _BOUND:
         raise AdapterError(
             f"{base.path} is not {trained.path} quantised: its weights are {off:.2f} off those the adapter "
@@ -101,56 +89,3 @@ def _quantised_note(source: Source, adapter: AdapterFolder, base: Source) -> str
             fix=f"serve it by itself: pronghorn serve {base.path}",
         )
     return f"{told}; its values are those of {trained.path} but for rounding ({off:.3f} of their size)"
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The first rows [rows, in] of a weight in float32: decoded, as trained on, and the adapter's update."""
-
-    decoded: torch.Tensor
-    trained: torch.Tensor
-    update: torch.Tensor | None
-
-
-def _pieces(
-    adapter: AdapterFolder, view: Folder, weights: WeightFolder, stored: Mapping[str, StoredNF4]
-) -> Iterator[_Piece]:
-    names = coded(view)
-    pairs = {keymap.find(pair.parameter, names): pair for pair in adapter.pairs if not pair.embedding}
-    for name, one in names.items():
-        rows = min(_ROWS, one.shape[0])
-        trained = _trained_rows(name, one, rows, weights, stored)
-        if trained is None:
-            continue
-        pair, update = pairs.get(name), None
-        if pair is not None:
-            b = read_rows(adapter.shard, pair.b, 0, rows).float()
-            update = pair.scaling * b @ read_tensor(adapter.shard, pair.a).float()
-        yield _Piece(decode(one, 0, rows)[0], trained, update)
-
-
-def _trained_rows(
-    name: str, one: Coded, rows: int, weights: WeightFolder, stored: Mapping[str, StoredNF4]
-) -> torch.Tensor | None:
-    """None where the base of the training has no such matrix (its experts may be stacked)."""
-    file = keymap.find(name, weights.tensors)
-    if file in stored:
-        return stored[file].rows(0, rows).float()
-    if file is None or weights.tensors[file][1].shape != one.shape:
-        return None
-    return read_rows(*weights.tensors[file], 0, rows).float()
-
-
-def _compare(pieces: Iterator[_Piece]) -> tuple[float, float]:
-    """How far quantised weights are off, relative to the weights; and how much of the update is in them."""
-    apart = size = along = length = 0.0
-    for piece in pieces:
-        difference = piece.decoded - piece.trained
-        apart += float(difference.double().square().sum())
-        size += float(piece.trained.double().square().sum())
-        if piece.update is not None:
-            along += float((difference * piece.update).double().sum())
-            length += float(piece.update.double().square().sum())
-    if not size:
-        return torch.inf, 0.0
-    return (apart / size) ** 0.5, along / length if length else 0.0

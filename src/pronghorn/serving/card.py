@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn import __version__
+from pronghorn.export.onto import adapter_note
 from pronghorn.export.verify_folder import Row
 from pronghorn.sources.hub import CARD, read_card
 from pronghorn.sources.record import read_record
@@ -49,7 +50,7 @@ def model_card(repo: str, result: Result) -> str:
     """The text of README.md for the hub."""
     base, run = _base_of(result), _run_of(result.adapter)
     lines = [*_head(base, result), "", f"# {repo.rpartition('/')[2]}", "", _summary(result, base)]
-    lines += ["", "## Base", "", *_told_base(base), *([f"- {result.onto}"] if result.onto else ())]
+    lines += ["", "## Base", "", *_told_base(base), *_told_values(result)]
     if run is not None:
         lines += ["", "## Data", "", *_told_data(run), "", "## Metrics", "", *_told_metrics(run)]
     lines += ["", "## How it was verified", "", *_told_checks(result), ""]
@@ -171,6 +172,15 @@ def _told_base(base: _Base | None) -> Iterator[str]:
         yield f"- fingerprint of its weights: `{base.fingerprint}`"
     named = base.license.get("license_name") or base.license.get("license")
     yield f"- license: {named or 'its card names none, or could not be read'}"
+
+
+def _told_values(result: Result) -> Iterator[str]:
+    """Of a base that was quantised at training: which of its values the result is on."""
+    told = result.onto
+    if told is None and _is_adapter(result) and result.adapter is not None:
+        told = adapter_note(read_record(result.adapter))
+    if told is not None:
+        yield f"- {told}"
 
 
 def _told_data(run: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pronghorn.errors import ExportError
-from pronghorn.export.onto import adapter_note
 from pronghorn.export.verify import verify
 from pronghorn.export.verify_folder import Row
 from pronghorn.serving.card import Result, is_empty, is_ours, model_card
@@ -52,8 +51,7 @@ def push_folder(folder: str | Path, push: Push, *, adapter: str | Path | None = 
     kind = "lora" if is_adapter else "gguf" if any(place.glob("*.gguf")) else "model"
     record = read_record(trained) if trained is not None else None
     base = Path(record.base_path) if record is not None and record.base_path else None
-    onto = adapter_note(record) if is_adapter else None
-    return _finish(Upload(push), Result(place, kind, trained, base, rows, onto=onto))
+    return _finish(Upload(push), Result(place, kind, trained, base, rows))
 
 
 def push_export(
