@@ -27,10 +27,10 @@ from tests.external.vllm_engine import ENGINE_SECONDS, PYTHON
 pytestmark = pytest.mark.external
 
 SCRIPT = Path(__file__).with_name("image_answers.py")
-# family -> what stands for the image in a prompt; Mistral 3 see docs/serving.md
+_QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+# family -> what stands for the image in a prompt
 MARKS = {
-    "gemma3": "<start_of_image>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "mistral3": "[IMG]",
+    "gemma3": "<start_of_image>", "mistral3": "[IMG]", "qwen2_5_vl": _QWEN_MARK, "qwen3_vl": _QWEN_MARK,
 }  # fmt: skip
 QUESTIONS = ("Which animal is it?", "Say the colour.")
 ANSWER_TOKENS = 8  # including the end token

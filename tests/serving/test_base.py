@@ -168,6 +168,8 @@ def test_an_adapter_trained_in_4_bit_says_so_wherever_it_goes(
     report = export(tmp_path / "adapter", tmp_path / "served", format="adapter", verify=False)
     assert str(report.onto).startswith(told)
     assert told in str(report)
+    gguf = export(tmp_path / "adapter", tmp_path / "gguf", format="gguf-lora", verify=False)
+    assert gguf.onto == report.onto
     for kind in ("lora", "adapter"):
         card = model_card("owner/name", Result(report.folder, kind, report.adapter, stored, ()))
         assert f"- {told}" in card.split("## How it was verified")[0]

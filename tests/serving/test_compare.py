@@ -136,6 +136,10 @@ def test_drift_of_a_merge_on_the_runs_own_rows(tmp_path: Path, rows: Path) -> No
     finished = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert finished.exit_code == 0, finished.output
     assert "the adapter was trained on the decoded NF4 values of 14 tensors" in finished.output
+    assert "note:" not in finished.output, "told already"
+    arguments[2:] = [str(tmp_path / "lora"), "--format", "lora", "--no-verify"]
+    plain = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert "note:    the adapter was trained on the decoded NF4 values of 14 tensors" in plain.output
     served = re.search(r"adapter on the 16-bit base .*", finished.output)
     assert served is not None and f"{original.kl:.3g}" in served[0], finished.output
 

@@ -174,7 +174,7 @@ def _print_serving(report: ExportReport) -> None:
     from pronghorn.serving.vllm import plan_serving
 
     try:
-        print_plan(plan_serving(report.folder, base=report.base))
+        print_plan(plan_serving(report.folder, base=report.base), told=report.onto)
     except PronghornError as error:
         typer.echo(f"not for vLLM: {error}")
 
