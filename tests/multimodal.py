@@ -56,7 +56,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "mistral3": (
         {**_HEAD, "model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False},
-        {"vision_config": {**_TOWER, **_IMAGE, "model_type": "pixtral", "head_dim": 32},
+        # 32: four tokens an image, for transformers fails on an image of one token
+        {"vision_config": {**_TOWER, **_IMAGE, "image_size": 32, "model_type": "pixtral", "head_dim": 32},
          "image_token_index": 509, "tie_word_embeddings": False},
     ),
     "qwen2_5_vl": (
@@ -101,7 +102,7 @@ _PROCESSORS: Mapping[str, dict[str, dict[str, Any]]] = {
     },
     "mistral3": {
         "preprocessor_config.json": {
-            **_PIXELS, "image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 16},
+            **_PIXELS, "image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 32},
             "patch_size": {"height": 8, "width": 8}, "processor_class": "PixtralProcessor",
         },
         "processor_config.json": {

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from pronghorn.errors import NotSupportedError
+from pronghorn.export import verify_render
 from pronghorn.export.gguf_ollama import find_pieces, modelfile
 from pronghorn.export.gguf_tokens import plan_tokens
-from tests import tokenizer_forms
+from pronghorn.export.run import export
+from tests import tiny, tokenizer_forms
+from tests.export.test_verify_render import LOOP, WRITES
 
 CHATS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "Which animal is it?"),),
@@ -91,7 +95,7 @@ def rendered(fast: Any, chat: tuple[tuple[str, str], ...]) -> str:
 @pytest.mark.parametrize("form", tokenizer_forms.FORMS)
 def test_the_go_template_says_what_the_chat_template_says(form: str) -> None:
     fast = tokenizer_forms.FORMS[form]()
-    pieces = find_pieces(fast)
+    pieces = find_pieces(fast, fast.chat_template)
     assert pieces is not None
     chats = [*CHATS, *((("system", "Be brief."), *chat) for chat in CHATS if pieces.system is not None)]
     assert (pieces.system is None) == (form == "gemma")
@@ -120,8 +124,27 @@ def test_the_file(tmp_path: Path) -> None:
 def test_a_template_without_fixed_pieces_is_left_to_ollama(template: str, tmp_path: Path) -> None:
     fast = tokenizer_forms.smollm()
     fast.chat_template = template
-    assert find_pieces(fast) is None
+    assert find_pieces(fast, template) is None
     fast.save_pretrained(tmp_path)
     text = modelfile("m.gguf", plan_tokens(tmp_path))
     assert 'TEMPLATE """' not in text
     assert "Ollama takes the one in the file" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "seconds", "told"),
+    [(LOOP, 1.0, "did not finish within 1 s"), (WRITES, 60.0, "wrote more than 1,048,576 characters")],
+    ids=["loops", "writes on"],
+)
+def test_a_hostile_template_ends_the_export_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, seconds: float, told: str
+) -> None:
+    monkeypatch.setattr(verify_render, "SECONDS", seconds)
+    base = tiny.write_base(tmp_path / "base")
+    adapter = tiny.write_adapter(tmp_path / "adapter", base)
+    (base / "chat_template.jinja").write_text(template)
+    for source in (base, adapter):
+        with pytest.raises(NotSupportedError, match=f"chat template does not render .*: it {told}") as caught:
+            export(source, tmp_path / "out" / "gguf", format="gguf-f16", verify=False)
+        assert "chat template of the base" in caught.value.fix
+        assert not (tmp_path / "out").exists()

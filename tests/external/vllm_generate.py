@@ -3,8 +3,8 @@
 ``python vllm_generate.py job.json out.json``. The job is a list of engines, each ``{"model": folder,
 "adapters": [folder, ...], "prompts": [[token id, ...], ...], "max_tokens": n}``. The answer has a list for
 each engine, with one entry for the plain model and one for each adapter, each holding for every prompt
-``{"tokens": [generated id, ...]}`` and, in engines without adapters, ``"prompt_logprobs"``: the
-log-probabilities of prompt tokens 1, 2, ...
+``{"tokens": [generated id, ...], "logprobs": [of each of them, ...]}`` and, in engines without adapters,
+``"prompt_logprobs"``: the log-probabilities of prompt tokens 1, 2, ...
 
 This file imports vLLM and the standard library only: it must not share code with what it checks.
 """
@@ -42,7 +42,9 @@ def generate(engine: dict[str, Any]) -> list[list[dict[str, Any]]]:
     )
     # vLLM's CPU kernels fail on prompt log-probabilities where LoRA is enabled (einsum shapes)
     scores = None if adapters else 0
-    sampling = SamplingParams(temperature=0.0, max_tokens=engine["max_tokens"], prompt_logprobs=scores)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=engine["max_tokens"], logprobs=0, prompt_logprobs=scores
+    )
     prompts = [{"prompt_token_ids": ids} for ids in engine["prompts"]]
     requests = [None, *(LoRARequest(f"adapter-{i}", i, path) for i, path in enumerate(adapters, start=1))]
     answers = []
@@ -56,7 +58,10 @@ def generate(engine: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def _answer(output: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = {"tokens": list(output.outputs[0].token_ids)}
+    (said,) = output.outputs
+    tokens = list(said.token_ids)
+    scored = zip(tokens, said.logprobs, strict=True)
+    answer: dict[str, Any] = {"tokens": tokens, "logprobs": [entry[token].logprob for token, entry in scored]}
     if output.prompt_logprobs is not None:
         scored = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
         answer["prompt_logprobs"] = [entry[token].logprob for token, entry in scored]

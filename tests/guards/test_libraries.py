@@ -68,7 +68,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "llmcompressor": ("export.calibrate_engine",),
     "llama_cpp": ("export.gguf_engine", "export.verify_in_llama"),
     "tokenizers": ("data.isolated",),
-    "jinja2": ("data.opaque", "export.gguf_ollama", "export.verify_render"),
+    "jinja2": ("data.opaque", "export.verify_render"),
     "bitsandbytes": ("quant.library",),
     "triton": ("ops.triton.",),
     "vllm": ("export.verify_in_vllm", "serving.generate_in_vllm"),

@@ -76,6 +76,14 @@ def test_4_bit_files_load_as_they_are(tmp_path: Path, family: str) -> None:
     assert torch.equal(logits(model), logits(asked))
 
 
+def test_what_is_not_in_4_bit_has_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    """transformers 5.17 leaves routers and experts in that of the files."""
+    base = four_bit.write_base(tmp_path / "base", "mixtral")
+    model, _ = load(base, LoadOptions(dtype="float32"))
+    assert {one.dtype for one in model.parameters()} == {torch.uint8, torch.float32}
+    assert bool(torch.isfinite(logits(model)).all())
+
+
 def test_the_report_counts_storages(tmp_path: Path) -> None:
     said: list[str] = []
     model, _ = load(four_bit.write_full(tmp_path / "base", "mixtral"), NF4, say=said.append)

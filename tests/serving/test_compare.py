@@ -94,6 +94,23 @@ def test_a_notebooks_merge_tells_its_drift(
     assert "drift from the trained model was not measured: give rows=FILE" in told
 
 
+@pytest.mark.slow
+def test_a_notebooks_adapter_tells_its_drift(
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        four_bit.write_full(tmp_path / "base"), load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4, accelerate=False)
+    four_bit.randomise(model, 0.05)
+    capsys.readouterr()
+    model.save_lora(tmp_path / "served", tokenizer, rows=rows)
+    told = capsys.readouterr().out
+    assert "the adapter was trained on the decoded NF4 values of 14 tensors" in told
+    found = re.search(r"on \d+ tokens: adapter on the 16-bit base: KL (\S+),", told)
+    assert found is not None and float(found[1]) > 1e-3, told
+
+
 def test_drift_of_a_merge_on_the_runs_own_rows(tmp_path: Path, rows: Path) -> None:
     base = four_bit.write_full(tmp_path / "base")
     run = train(
@@ -115,6 +132,16 @@ def test_drift_of_a_merge_on_the_runs_own_rows(tmp_path: Path, rows: Path) -> No
     assert decoded.kl is not None and original.kl is not None
     assert original.kl > 10 * decoded.kl
     assert trained.held_bytes < decoded.held_bytes
+    arguments[2:] = [str(tmp_path / "served"), "--format", "adapter", "--no-verify"]
+    finished = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert finished.exit_code == 0, finished.output
+    assert "the adapter was trained on the decoded NF4 values of 14 tensors" in finished.output
+    assert "note:" not in finished.output, "told already"
+    arguments[2:] = [str(tmp_path / "lora"), "--format", "lora", "--no-verify"]
+    plain = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert "note:    the adapter was trained on the decoded NF4 values of 14 tensors" in plain.output
+    served = re.search(r"adapter on the 16-bit base .*", finished.output)
+    assert served is not None and f"{original.kl:.3g}" in served[0], finished.output
 
 
 def test_the_command(tmp_path: Path, rows: Path) -> None:

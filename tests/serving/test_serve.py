@@ -71,12 +71,9 @@ def test_a_bitsandbytes_folder_is_answered_with_the_plugin_and_the_better_format
     assert "w4a16" in caught.value.fix
 
 
-def test_an_adapter_on_a_base_that_vllm_does_not_serve_is_refused(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_on_a_mixture_is_refused_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = tiny.write_adapter(tmp_path / "plain", made[0], target_modules=["q_proj"])
-    with pytest.raises(NotSupportedError, match=r"in vLLM: does not load: vLLM reads no bitsandbytes"):
-        vllm.plan_serving(plain, base=four_bit.write_base(tmp_path / "folder"))
     mixture = tiny.write_base(tmp_path / "mixture", "mixtral")
     adapter = tiny.write_adapter(tmp_path / "adapter", mixture, target_modules=["q_proj"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

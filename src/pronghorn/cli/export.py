@@ -155,9 +155,11 @@ def _print_drift(report: ExportReport, onto: str) -> None:
     try:
         measured = drift(report, onto)
     except PronghornError as error:
+        merge = f"pronghorn export {report.adapter} DIR --onto original, then " if report.is_adapter else ""
+        folder = "DIR" if report.is_adapter else report.folder
         print(
             f"drift from the trained model was not measured: {error.message}\n"
-            f"  fix: pronghorn compare {report.adapter} {report.folder} --rows FILE"
+            f"  fix: {merge}pronghorn compare {report.adapter} {folder} --rows FILE"
         )
         return
     print_table(
@@ -172,7 +174,7 @@ def _print_serving(report: ExportReport) -> None:
     from pronghorn.serving.vllm import plan_serving
 
     try:
-        print_plan(plan_serving(report.folder, base=report.base))
+        print_plan(plan_serving(report.folder, base=report.base), told=report.onto)
     except PronghornError as error:
         typer.echo(f"not for vLLM: {error}")
 

@@ -54,9 +54,12 @@ def serve(
     raise typer.Exit(code)
 
 
-def print_plan(plan: ServePlan) -> None:
-    """The command and the Python call, unfolded: they are copied."""
+def print_plan(plan: ServePlan, told: str | None = None) -> None:
+    """The command and the Python call, unfolded: they are copied; and each note that was not ``told`` yet."""
     typer.echo(f"serve:   {plan.line()}\npython:  {plan.python()}")
+    for note in plan.notes:
+        if note != told:
+            typer.echo(f"note:    {note}")
 
 
 def _plain(folder: Path, base: str | None, name: str, port: int) -> None:

@@ -84,7 +84,6 @@ def verify(
                         ((one.name, one.ok, one) for one in report.engines))  # fmt: skip
     if engines is not None:
         report.raise_unless_served(engines)
-        _adapter_served(report.kind, folder, base, engines)
     report.raise_if_broken(allow_unverified=allow_unverified)
 
 
@@ -114,11 +113,3 @@ def _repaired(folder: Path, target: Path, base: Path | None) -> Path:
     for line in done.changes or ("nothing needed a repair",):
         typer.echo(f"  {line}")
     return target
-
-
-def _adapter_served(kind: str, folder: Path, base: Path | None, engines: str) -> None:
-    """An adapter for vLLM: the pre-flight of ``pronghorn serve``."""
-    if kind == "adapter" and "vllm" in engines:
-        from pronghorn.serving.vllm import plan_serving
-
-        plan_serving(folder, base=base)

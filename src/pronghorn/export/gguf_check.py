@@ -21,6 +21,7 @@ from pronghorn.export.gguf_models import (
     plan_model,
     settings_of,
 )
+from pronghorn.export.gguf_ollama import modelfile
 from pronghorn.export.gguf_tokens import padded, plan_tokens
 from pronghorn.export.portable import Served, served_pairs
 from pronghorn.sources.resolve import ADAPTER_CONFIG, resolve, resolve_base
@@ -82,6 +83,7 @@ def _model(folder: Path) -> ModelPlan:
 
 def _tokens(folder: Path, rows: int | None) -> None:
     plan = plan_tokens(folder)
+    modelfile("", plan)  # the chat template has to end
     if rows is not None:
         padded(plan, rows)
 

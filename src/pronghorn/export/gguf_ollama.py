@@ -7,22 +7,27 @@ conversations exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
+from pronghorn.errors import NotSupportedError
 from pronghorn.export.gguf_tokens import TokenPlan
+from pronghorn.export.verify_render import EndlessError, RenderError, rendered_each
 
 MODELFILE = "Modelfile"
-Turns = Sequence[tuple[str, str]]
+Turns = tuple[tuple[str, str], ...]
 _U, _A, _V, _S = "Quagga", "Numbat", "Okapi", "Tamarin"
 _TRIALS: tuple[Turns, ...] = (
     (("user", "one"),),
     (("user", "Two\n\nlines, {braces} and 'quotes'"), ("assistant", "a b"), ("user", "c")),
     (("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"), ("user", "5")),
 )
+_BRIEF = (("system", "be brief"),)
+# the marked conversations: a question, its answer, another question, a question after a system message
+_ONE: Turns = (("user", _U),)
+_TWO: Turns = (("user", _U), ("assistant", _A))
+_THREE: Turns = (("user", _U), ("assistant", _A), ("user", _V))
+_LED: Turns = (("system", _S), ("user", _U))
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,13 @@ def _around(piece: tuple[str, str] | None) -> str:
 
 
 def modelfile(weights: str, tokens: TokenPlan) -> str:
-    """The content of a Modelfile that lies beside the file ``weights``."""
+    """The content of a Modelfile that lies beside the file ``weights``.
+
+    Raises:
+        NotSupportedError: as ``find_pieces``.
+    """
     lines = [f"FROM ./{weights}"]
-    pieces = find_pieces(tokens.fast) if tokens.template else None
+    pieces = find_pieces(tokens.fast, tokens.template) if tokens.template else None
     if pieces is not None:
         lines.append(f'TEMPLATE """{pieces.go()}"""')
     else:
@@ -81,61 +90,86 @@ def modelfile(weights: str, tokens: TokenPlan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def find_pieces(fast: Any) -> Pieces | None:
-    """What the tokenizer's chat template puts around messages; None where that is no fixed text."""
+def find_pieces(fast: Any, template: str) -> Pieces | None:
+    """What a tokenizer's chat template puts around messages; None where that is no fixed text.
+
+    Raises:
+        NotSupportedError: the template does not end, or fills memory or disk.
+    """
+    try:
+        said = _Said(fast, template)
+    except EndlessError as error:
+        raise NotSupportedError(
+            f"the chat template does not render a short conversation: {error}",
+            fix="take the chat template of the base, or remove it from the folder",
+        ) from error
     for find in (_apart, _joined):
         try:
-            pieces = find(fast)
-            if pieces is not None and _predicts(fast, pieces):
+            pieces = find(said)
+            if pieces is not None and _predicts(said, pieces):
                 return pieces
-        except (TemplateError, ValueError, TypeError, KeyError):
+        except ValueError:  # refused by the template, or the marks are not where they belong
             continue
     return None
 
 
-def _predicts(fast: Any, pieces: Pieces) -> bool:
+class _Said:
+    """The conversations as rendered, without the start token that is added when the text is tokenized."""
+
+    def __init__(self, fast: Any, template: str) -> None:
+        marked = (_ONE, _TWO, _THREE, _LED, *_TRIALS, *(_BRIEF + turns for turns in _TRIALS))
+        asked = [(turns, prompt) for turns in marked for prompt in (True, False)]
+        messages = [([{"role": role, "content": said} for role, said in turns], p) for turns, p in asked]
+        texts = rendered_each(template, messages, fast.special_tokens_map)
+        self.found = dict(zip(asked, texts, strict=True))
+        self.start = fast.bos_token or ""
+        adds = bool(self.start) and fast("a")["input_ids"][:1] == [fast.bos_token_id]
+        self.added = self.start if adds else ""
+
+    def __call__(self, turns: Turns, *, prompt: bool = True) -> str:
+        """Raises RenderError where the template refused."""
+        text = self.found[turns, prompt]
+        if isinstance(text, RenderError):
+            raise text
+        return text.removeprefix(self.added)
+
+
+def _predicts(said: _Said, pieces: Pieces) -> bool:
     trials = list(_TRIALS)
     if pieces.system is not None:
-        trials += [(("system", "be brief"), *turns) for turns in _TRIALS]
-    right = all(_said(fast, turns) == pieces.render(turns) for turns in trials)
+        trials += [_BRIEF + turns for turns in _TRIALS]
+    right = all(said(turns) == pieces.render(turns) for turns in trials)
     return right and not any(mark in pieces.render(_TRIALS[0]) for mark in ("{{", '"""'))
 
 
-def _said(fast: Any, turns: Turns, *, prompt: bool = True) -> str:
-    """The rendered conversation, without the start token that is added when the text is tokenized."""
-    messages = [{"role": role, "content": said} for role, said in turns]
-    text: str = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    adds = bool(fast.bos_token) and fast("a")["input_ids"][:1] == [fast.bos_token_id]
-    return text.removeprefix(fast.bos_token) if adds else text
-
-
-def _apart(fast: Any) -> Pieces | None:
+def _apart(said: _Said) -> Pieces | None:
     """Each message with a start and an end of its own: most templates."""
-    one = _said(fast, [("user", _U)], prompt=False)
-    prompt = _said(fast, [("user", _U)]).removeprefix(one)
+    one = said(_ONE, prompt=False)
+    prompt = said(_ONE).removeprefix(one)
     first, user_end = one.split(_U)
-    closed = _said(fast, [("user", _U), ("assistant", _A)], prompt=False).split(_A)[1]
-    three = _said(fast, [("user", _U), ("assistant", _A), ("user", _V)], prompt=False)
-    between, rest = three.split(_U)[1].split(_A)
+    _, closed = said(_TWO, prompt=False).split(_A)
+    _, three = said(_THREE, prompt=False).split(_U)
+    between, rest = three.split(_A)
     user_start = rest.split(_V)[0].removeprefix(closed)
     if not between.startswith(user_end) or not first.endswith(user_start):
         return None
-    start, default = _head(fast, first.removesuffix(user_start))
+    start, default = _head(said, first.removesuffix(user_start))
     assistant = (between.removeprefix(user_end), closed)
-    system = _system(fast, start, user_start)
+    system = _system(said, start, user_start)
     return Pieces(start, default, system, (user_start, user_end), assistant, prompt)
 
 
-def _joined(fast: Any) -> Pieces | None:
+def _joined(said: _Said) -> Pieces | None:
     """What opens the answer taken as the end of the user's message: some templates end otherwise without."""
-    first, opening = _said(fast, [("user", _U)]).split(_U)
-    between, rest = _said(fast, [("user", _U), ("assistant", _A), ("user", _V)]).split(_U)[1].split(_A)
+    first, opening = said(_ONE).split(_U)
+    _, three = said(_THREE).split(_U)
+    between, rest = three.split(_A)
     before = rest.split(_V)[0]
     if between != opening:
         return None
     user_start = _common_end(first, before)
-    start, default = _head(fast, first.removesuffix(user_start))
-    system = _system(fast, start, user_start)
+    start, default = _head(said, first.removesuffix(user_start))
+    system = _system(said, start, user_start)
     return Pieces(start, default, system, (user_start, opening), ("", before.removesuffix(user_start)), "")
 
 
@@ -147,16 +181,16 @@ def _common_end(one: str, two: str) -> str:
     return one[len(one) - size :]
 
 
-def _head(fast: Any, text: str) -> tuple[str, str]:
+def _head(said: _Said, text: str) -> tuple[str, str]:
     """What stands before the first message: the start token, and the system message given by default."""
-    start = fast.bos_token if fast.bos_token and text.startswith(fast.bos_token) else ""
+    start = said.start if text.startswith(said.start) else ""
     return start, text.removeprefix(start)
 
 
-def _system(fast: Any, start: str, user_start: str) -> tuple[str, str] | None:
+def _system(said: _Said, start: str, user_start: str) -> tuple[str, str] | None:
     try:
-        text = _said(fast, [("system", _S), ("user", _U)]).removeprefix(start)
-    except TemplateError:
+        text = said(_LED).removeprefix(start)
+    except RenderError:
         return None
     before, rest = text.split(_S)
     after = rest.split(_U)[0]

@@ -101,7 +101,8 @@ def _check_first(work: GgufJob) -> None:
         without_quantization(config)  # the merge decodes what was quantised
         weights = base_weights(job.base, read_adapter(job.adapter.path).record, job.onto).weights
         check_model(config, settings_of(job.base.path))
-        plan_tokens(job.tokenizer if (job.tokenizer / TOKENIZER).is_file() else job.base.path)
+        tokens = plan_tokens(job.tokenizer if (job.tokenizer / TOKENIZER).is_file() else job.base.path)
+        modelfile(file_name(work.kinds[0]), tokens)
     else:
         weights = open_weights(job.base.path)
         for refused in refusals(job.base.path):

@@ -109,6 +109,23 @@ def base_weights(base: Source, record: AdapterRecord | None, onto: Onto) -> Base
     return BaseWeights(weights, encoded, _note(len(encoded), "decoded"))
 
 
+def adapter_note(record: AdapterRecord | None) -> str | None:
+    """What an adapter trained on a quantised base computes on other values of it; None for any other adapter.
+
+    vLLM and llama.cpp read no base in bitsandbytes' formats, so there it is always on other values.
+    """
+    if record is None or record.quantization is None:
+        return None
+    held, merge = "8-bit", ""
+    if record.quantization == "nf4":
+        held = "decoded NF4"
+        merge = "; a merge does (--format merged_16bit, w4a16, gguf-q8_0 ...)"
+    return (
+        f"the adapter was trained on the {held} values of {len(record.quantised)} tensors; on other values "
+        f"of that base, 16-bit or quantised otherwise, it does not compute what was trained{merge}"
+    )
+
+
 def _note(count: int, onto: Onto, held: str = "nf4") -> str:
     if onto == "decoded":
         return f"merged onto the decoded NF4 values of {count} tensors: the model that was trained"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pronghorn.errors import ExportError
-from pronghorn.quant.stored import StoredNF4, stored_4bit
+from pronghorn.quant.stored import StoredNF4, quantization_of, stored_4bit
 from pronghorn.sources.record import read_record
 from pronghorn.sources.resolve import resolve, resolve_base
 from pronghorn.sources.source import Source, SourceKind
@@ -21,7 +21,8 @@ _ROWS = 64
 def original_of(adapter: Source, base: str | Path) -> tuple[Source, Path] | None:
     """(``base``, the stored 4-bit base), where ``base`` holds the 16-bit values of the latter; else None.
 
-    None: the adapter was not trained on a folder stored in 4-bit, or ``base`` is that very folder.
+    None: the adapter was not trained on a folder stored in 4-bit, or ``base`` is that very folder or
+    quantised itself.
 
     Raises:
         ExportError: ``base`` holds another model.
@@ -30,8 +31,8 @@ def original_of(adapter: Source, base: str | Path) -> tuple[Source, Path] | None
     record = read_record(adapter.path)
     if record is None or record.quantization != "nf4":
         return None
-    given = resolve(base, trust_remote_code=True)
-    if given.kind is not SourceKind.BASE:
+    given = resolve(base, trust_remote_code=True, to_serve=True)
+    if given.kind is not SourceKind.BASE or quantization_of(given.config) is not None:
         return None
     if fingerprint(open_weights(given.path)) == record.base_fingerprint:
         return None

@@ -28,6 +28,7 @@ from pronghorn.export.files import check_space, copy_into
 from pronghorn.export.job import Job, verified
 from pronghorn.export.layout import write_header
 from pronghorn.export.merged import zero_updates
+from pronghorn.export.onto import adapter_note
 from pronghorn.export.report import ExportReport
 from pronghorn.sources.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pronghorn.weights import keymap
@@ -169,6 +170,7 @@ def write_portable(job: Job) -> ExportReport:
         warnings=_warnings(served, zero),
         changes=tuple(_changes(adapter, served, rank)),
         left_out=tuple(f"{name} (equal to the base's)" for name in adapter.saved),
+        onto=adapter_note(adapter.record),
         seconds=0.0,
         verified=True if job.verify else None,
         checks=checks,

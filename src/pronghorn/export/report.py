@@ -19,9 +19,9 @@ class ExportReport:
 
     ``changed_share`` is the share of elements that differ from the base's, of all elements in merged tensors
     (None for the lora format); ``changes`` lists every edit of a config or tokenizer file, ``onto`` says
-    onto what a base in 4-bit was merged; ``left_out`` the
-    base's files that were not copied. ``verified`` is None where no check was asked for; otherwise ``checks``
-    are its rows.
+    onto what a base in 4-bit was merged, or what an adapter trained on one computes on other values;
+    ``left_out`` the base's files that were not copied. ``verified`` is None where no check was asked for;
+    otherwise ``checks`` are its rows.
     """
 
     folder: Path
@@ -41,6 +41,11 @@ class ExportReport:
     """the 4-bit base of the training, where ``base`` is the 16-bit model it was made from"""
     verified: bool | None = None
     checks: tuple[Row, ...] = field(default=(), repr=False)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter was written, in a form that is served on other values than those in 4-bit."""
+        return self.format in ("adapter", "gguf-lora")
 
     @property
     def quality(self) -> tuple[tuple[str, str, str], ...]:

@@ -18,16 +18,18 @@ from pathlib import Path
 
 from pronghorn.errors import ConfigError, PronghornError, SourceError, VerificationError
 from pronghorn.export.verify_adapter import adapter_complete, adapter_config_sane, pairs_fit, pairs_fit_base
-from pronghorn.export.verify_codes import codes_complete
+from pronghorn.export.verify_codes import codes_complete, settings
 from pronghorn.export.verify_engines import (
     LLAMA,
     MEANING,
+    VLLM,
     EngineVerdict,
     Refusal,
     as_json,
     engines_named,
     judge,
     judge_llama,
+    judge_refused,
 )
 from pronghorn.export.verify_folder import (
     ADAPTER_CONFIG,
@@ -78,6 +80,8 @@ ADAPTER_PROMISES: tuple[Promise, ...] = (adapter_config_sane, adapter_complete, 
 ADAPTER_PROMISES_WITH_BASE: tuple[Promise, ...] = (pairs_fit_base,)
 
 _RECORD = "pronghorn.json"
+# programs, not imports: what refuses is never part of this process
+_AS_GGUF, _SERVED = "pronghorn.export.gguf_check", "pronghorn.serving.vllm_check"
 
 
 @dataclass(frozen=True)
@@ -129,21 +133,28 @@ class VerifyReport:
         return next(one for one in self.engines if one.engine == name)
 
     def asking(self, engines: str) -> VerifyReport:
-        """The report with llama.cpp's verdict, where ``engines`` names it: what GGUF would be of the folder.
+        """The report with the verdicts that take a process of their own, for the engines that are named.
+
+        llama.cpp's: what GGUF would be of the folder; vLLM's of an adapter: the pre-flight of
+        ``pronghorn serve``.
 
         Raises:
             ConfigError: a name that is no engine, or none that opens GGUF files.
         """
-        names = self._names(engines)
-        if LLAMA not in names or self.kind == "gguf" or any(one.engine == LLAMA for one in self.engines):
-            return self
-        verdict = judge_llama(_view(self.folder, self.base), self.rows, _refused(self.folder, self.base))
-        return replace(self, engines=(*self.engines, verdict))
+        told = {one.engine for one in self.engines}
+        asked = [name for name in self._names(engines) if name not in told and self.kind != "gguf"]
+        found = []
+        if VLLM in asked:  # of models it is told already
+            found.append(judge_refused(VLLM, _refused(_SERVED, self.folder, self.base)))
+        if LLAMA in asked:
+            said = _refused(_AS_GGUF, self.folder, self.base)
+            found.append(judge_llama(_view(self.folder, self.base), self.rows, said))
+        return replace(self, engines=(*self.engines, *found))
 
     def raise_unless_served(self, engines: str) -> None:
         """Raise for the first of the named engines that does not serve the folder rightly.
 
-        What vLLM makes of an adapter is told by the pre-flight of ``pronghorn serve``.
+        An adapter is opened by PEFT for transformers: it has to keep its promises.
 
         Args:
             engines: Names with commas between: vllm, transformers, transformers5, transformers4, llama.cpp.
@@ -153,6 +164,8 @@ class VerifyReport:
             VerificationError: names the folder, the engine, the reasons and the way out.
         """
         names = self._names(engines)
+        if self.kind == "adapter":
+            self.raise_if_broken(allow_unverified=True)
         for verdict in self.asking(engines).engines:
             if verdict.engine in names and not verdict.ok:
                 reasons = "; ".join(verdict.reasons)
@@ -232,7 +245,7 @@ def verify(
     path = _existing(folder, "folder")
     _require_content(path)
     adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
-    base_path = _existing(base, "base folder") if base is not None else _recorded_base(adapter or path)
+    base_path = _existing(base, "base folder") if base is not None else recorded_base(adapter or path)
     if deep:
         options = ["--onto", onto]
         options += ["--vllm-python", str(vllm_python)] if vllm_python else []
@@ -263,9 +276,11 @@ def _view(folder: Path, base: Path | None) -> Folder:
     view = Folder(folder)
     if base is not None and base != folder:
         view = Folder(folder, base=base_of(view, base))
-    if view.base is not None and (_in_4bit(view) or _in_4bit(view.base)):
-        return Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
-    return view
+    if view.base is None or not (_in_4bit(view) or _in_4bit(view.base)):
+        return view
+    if view.is_adapter and settings(view.base):
+        return view  # codes tell the shapes as well
+    return Folder(folder)  # 4-bit and 16-bit have other tensors; the deep check decodes a base in 4-bit
 
 
 def _in_4bit(view: Folder) -> bool:
@@ -290,21 +305,15 @@ def _asked_class(folder: Path, row: Row) -> Row:
     return Row(row.name, answer.ok, f"{row.detail}; {answer.detail}", row.faults)
 
 
-def _refused(folder: Path, base: Path | None) -> tuple[Refusal, ...]:
-    """What the GGUF formats refuse of a folder: the exporter says it, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pronghorn.export.gguf_check",
-        str(folder),
-        *([str(base)] if base else []),
-    ]
+def _refused(program: str, folder: Path, base: Path | None) -> tuple[Refusal, ...]:
+    """What ``_AS_GGUF`` or ``_SERVED`` refuses: who writes or serves it says so, in a process of its own."""
+    command = [sys.executable, "-m", program, str(folder), *([str(base)] if base else [])]
     done = subprocess.run(command, capture_output=True, text=True, env=_offline(), check=False)
     try:
         return tuple(Refusal(**one) for one in json.loads(done.stdout.strip().splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
         said = done.stderr.strip().splitlines()
-        reason = f"the exporter's process ended with code {done.returncode}: {said[-1] if said else ''}"
+        reason = f"the process of {program} ended with code {done.returncode}: {said[-1] if said else ''}"
         return (Refusal(reason, sure=False),)
 
 
@@ -340,7 +349,7 @@ def _adapter_folder(path: Path) -> Path:
     return inner[0]
 
 
-def _recorded_base(folder: Path) -> Path | None:
+def recorded_base(folder: Path) -> Path | None:
     """The local base folder an adapter names: in pronghorn's record first, then in adapter_config.json."""
     for file, keys in ((_RECORD, ("base_path", "base_name")), (ADAPTER_CONFIG, ("base_model_name_or_path",))):
         for place in (folder, folder.parent):
@@ -420,9 +429,7 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
     from pronghorn.export.verify_deep import compute_promises
 
     adapter = _adapter_folder(_existing(options.against, "adapter folder")) if options.against else None
-    base = (
-        _existing(options.base, "base folder") if options.base else _recorded_base(adapter or report.folder)
-    )
+    base = _existing(options.base, "base folder") if options.base else recorded_base(adapter or report.folder)
     rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded", rows=options.rows)
     if options.vllm_python is not None and not any(row.ok is False for row in rows):
         from pronghorn.export.verify_engine import vllm_promises

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pronghorn.export.verify_codes import plain_tensors
 from pronghorn.export.verify_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -96,9 +97,10 @@ def pairs_fit(folder: Folder) -> Finding:
 
 @promise("every module is in the base")
 def pairs_fit_base(folder: Folder) -> Finding:
-    """Every adapted module is in the base, with the widths of A and B."""
+    """Every adapted module is in the base, with the widths of A and B; quantised weights count decoded."""
     assert folder.base is not None
-    base = {tail(t.removesuffix(".weight")): x.shape for t, x in folder.base.tensors.items()}
+    shapes = {name: shape for name, (shape, _) in plain_tensors(folder.base).items()}
+    base = {tail(name.removesuffix(".weight")): shape for name, shape in shapes.items()}
     known = {_kind(module) for module in base}
     problems, elsewhere, found = [], 0, pairs(folder)
     for module, pair in found.items():

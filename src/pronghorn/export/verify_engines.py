@@ -29,13 +29,14 @@ MEANING: Mapping[str, str] = {
     REFUSED: "does not load",
 }
 
+VLLM = "vllm"
 LLAMA = "llama.cpp"  # opens what the export makes of a folder
 # engine -> versions that the table was held against (docs/verdicts.md); others of the same generation
 # read the same keys
 ENGINES: Mapping[str, str] = {
     "transformers 5": "5.23.0",
     "transformers 4": "4.56.2",
-    "vllm": "0.32.0",
+    VLLM: "0.32.0",
     LLAMA: "0.3.36",  # of llama-cpp-python, which carries it
 }
 # what --for may name -> engines of the table
@@ -43,7 +44,7 @@ ASKED: Mapping[str, tuple[str, ...]] = {
     "transformers": ("transformers 5", "transformers 4"),
     "transformers5": ("transformers 5",),
     "transformers4": ("transformers 4",),
-    "vllm": ("vllm",),
+    VLLM: (VLLM,),
     LLAMA: (LLAMA,),
 }
 
@@ -58,11 +59,15 @@ class Consequence:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why there is no GGUF of a folder, and the way out; ``sure`` unless it could not be found out."""
+    """Why there is no GGUF of a folder, or vLLM does not serve an adapter; and the way out.
+
+    ``sure`` unless it could not be found out; ``silent`` where the engine would compute something else.
+    """
 
     text: str
     fix: str = ""
     sure: bool = True
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     "special ids differ": Consequence(_FINE, _BASE),  # what it does to ends is a reading of its own
     "no chat template": Consequence((NO_CHAT, NO_CHAT, NO_CHAT, NO_CHAT), _BASE),
     "broken template": Consequence((CHAT, CHAT, CHAT, CHAT), _BASE),
-    "endless template": Consequence((ENDLESS, ENDLESS, ENDLESS, ENDLESS), _BASE),
+    "endless template": Consequence((ENDLESS, ENDLESS, ENDLESS, REFUSED), _BASE),
     "end unknown to transformers": Consequence((END, END, RIGHT, RIGHT), _END),
     "end unknown to all": Consequence((END, END, END, END), _END),
     "end known to llama.cpp": Consequence((END, END, END, RIGHT), _END),
@@ -202,13 +207,20 @@ def judge(folder: Folder, rows: Iterable[Row]) -> tuple[EngineVerdict, ...]:
 def judge_llama(folder: Folder, rows: Iterable[Row], refused: Iterable[Refusal]) -> EngineVerdict:
     """The verdict of llama.cpp: ``refused`` is what the GGUF formats say of the folder."""
     said = tuple(refused)
-    if said:
-        outcome = REFUSED if any(one.sure for one in said) else UNCLEAR
-        fixes = dict.fromkeys(one.fix for one in said if one.fix)
-        return EngineVerdict(LLAMA, outcome, tuple(one.text for one in said), tuple(fixes))
-    if folder.is_adapter:
-        return EngineVerdict(LLAMA, RIGHT)
+    if said or folder.is_adapter:
+        return judge_refused(LLAMA, said)
     return _verdict(list(ENGINES).index(LLAMA), LLAMA, faults_of(folder, rows))
+
+
+def judge_refused(engine: str, said: Iterable[Refusal]) -> EngineVerdict:
+    """The verdict of an engine that is told by refusals alone."""
+    found = tuple(said)
+    sure = [one for one in found if one.sure]
+    outcome = RIGHT if not found else UNCLEAR if not sure else REFUSED
+    if sure and all(one.silent for one in sure):
+        outcome = LOGITS
+    fixes = dict.fromkeys(one.fix for one in found if one.fix)
+    return EngineVerdict(engine, outcome, tuple(one.text for one in found), tuple(fixes))
 
 
 def faults_of(folder: Folder, rows: Iterable[Row]) -> list[Fault]:

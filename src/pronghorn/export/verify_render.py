@@ -15,6 +15,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+Turns = Sequence[Mapping[str, str]]  # role and content each
+
 SECONDS = 10.0  # ordinary templates take a millisecond, the start of the process a tenth of a second
 MEMORY_BYTES = 1 << 30  # of address space; jinja2 takes 30 MB
 OUTPUT_BYTES = 1 << 20  # two short messages become a few hundred
@@ -28,27 +30,49 @@ class EndlessError(RenderError):
     """The template did not finish within the limits."""
 
 
-def rendered(
-    template: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, Any], *, prompt: bool
-) -> str:
-    """A conversation as the template writes it.
-
-    Args:
-        template: Jinja, as in tokenizer_config.json.
-        messages: role and content each.
-        special: Texts of the special tokens, by name (bos_token ...).
-        prompt: End with what opens the assistant's answer.
+def rendered(template: str, messages: Turns, special: Mapping[str, Any], *, prompt: bool) -> str:
+    """A conversation as the template writes it; ``prompt``: with what opens the assistant's answer.
 
     Raises:
         RenderError: what the template said.
-        EndlessError: it took more than ``SECONDS``, ``MEMORY_BYTES`` or ``OUTPUT_BYTES``.
+        EndlessError: as ``rendered_each``.
     """
-    given = {"messages": list(messages), "add_generation_prompt": prompt, "tools": None, "documents": None}
-    return _asked(json.dumps({"template": template, "given": {**given, **special}}, default=str))
+    (found,) = rendered_each(template, [(messages, prompt)], special)
+    if isinstance(found, RenderError):
+        raise found
+    return found
+
+
+def rendered_each(
+    template: str, asked: Sequence[tuple[Turns, bool]], special: Mapping[str, Any]
+) -> list[str | RenderError]:
+    """Conversations as the template writes them, by one process; what it said where it refuses one.
+
+    Args:
+        template: Jinja, as in tokenizer_config.json.
+        asked: messages, and whether they end with what opens the assistant's answer.
+        special: Texts of the special tokens, by name (bos_token ...).
+
+    Raises:
+        EndlessError: it took more than ``SECONDS`` or ``MEMORY_BYTES``, or one more than ``OUTPUT_BYTES``.
+    """
+    given = [
+        {
+            "messages": list(turns),
+            "add_generation_prompt": prompt,
+            "tools": None,
+            "documents": None,
+            **special,
+        }
+        for turns, prompt in asked
+    ]
+    said = json.loads(_asked(json.dumps({"template": template, "given": given}, default=str)))
+    return [one["text"] if "text" in one else RenderError(one["error"]) for one in said]
 
 
 @lru_cache
 def _asked(request: str) -> str:
+    """A JSON list with a text or an error for each conversation."""
     program = [sys.executable, __file__]
     try:
         done = subprocess.run(
@@ -61,9 +85,7 @@ def _asked(request: str) -> str:
         raise EndlessError(f"its process ended with code {done.returncode}") from None
     if "endless" in answer:
         raise EndlessError(answer["endless"])
-    if "error" in answer:
-        raise RenderError(answer["error"])
-    return str(answer["text"])
+    return json.dumps(answer["said"])
 
 
 def syntax_errors(templates: Mapping[str, str]) -> Iterable[str]:
@@ -137,20 +159,37 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def _answer(request: Mapping[str, Any]) -> dict[str, str]:
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     environment = _environment()
     _limit_memory()
     try:
-        size, pieces = 0, []
-        for piece in environment.from_string(request["template"]).generate(**request["given"]):
-            size += len(piece)
-            if size > OUTPUT_BYTES:
-                return {"endless": f"it wrote more than {OUTPUT_BYTES:,} characters"}
-            pieces.append(piece)
+        return {"said": [_one(environment, request["template"], given) for given in request["given"]]}
     except MemoryError:
         return {"endless": f"it took more than {MEMORY_BYTES >> 30} GiB"}
+    except OverflowError as error:
+        return {"endless": str(error)}
+
+
+def _one(environment: Any, template: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """One conversation's text, or what the template said instead.
+
+    Raises:
+        MemoryError: there is no more.
+        OverflowError: the text is longer than ``OUTPUT_BYTES``.
+    """
+    size, pieces = 0, []
+    try:
+        for piece in environment.from_string(template).generate(**given):
+            size += len(piece)
+            if size > OUTPUT_BYTES:
+                break
+            pieces.append(piece)
+    except MemoryError:
+        raise
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:400]}
+    if size > OUTPUT_BYTES:
+        raise OverflowError(f"it wrote more than {OUTPUT_BYTES:,} characters")
     return {"text": "".join(pieces)}
 
 

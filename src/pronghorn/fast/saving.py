@@ -237,10 +237,15 @@ def _gguf_kind(model: Any, name: str) -> str:
 
 
 def _save_lora(
-    self: Any, save_directory: str | Path, tokenizer: Any = None, *, overwrite: bool = False
+    self: Any,
+    save_directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    rows: str | Path | None = None,
 ) -> Any:
     """Write the adapter in the portable form, for vLLM's LoRARequest; as save_method="adapter"."""
-    return _save_pretrained_merged(self, save_directory, tokenizer, "adapter", overwrite=overwrite)
+    return _save_pretrained_merged(self, save_directory, tokenizer, "adapter", overwrite=overwrite, rows=rows)
 
 
 def _push_to_hub(self: Any, repo_id: str, tokenizer: Any = None, **asked: Any) -> Any:

@@ -121,6 +121,17 @@ def settle(source: Source, model: Any, wanted: frozenset[str]) -> None:
     guard_gradients(model)
 
 
+def hold_the_rest(model: Any, dtype: torch.dtype) -> None:
+    """Bring what a 4-bit folder stores in 16 bit to the dtype that was asked for.
+
+    transformers 5.17 leaves the tensors that it renames or stacks (routers, experts) as the files have them,
+    and their products with the rest then fail. What it keeps in float32 on purpose stays.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.dtype is not dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
 def stored_modules(model: Any, plan: Plan) -> dict[str, str]:
     """Module name -> file tensor for every 4-bit weight of a 4-bit folder."""
     found = {}

@@ -23,7 +23,14 @@ from transformers.utils import logging as transformers_logging
 from pronghorn.attention.interface import lost_cap
 from pronghorn.errors import NotSupportedError, PronghornError, SourceError
 from pronghorn.loading.eight_bit import load_int8
-from pronghorn.loading.four_bit import left_of_stored, load_encoded, plan_load, settle, stored_modules
+from pronghorn.loading.four_bit import (
+    hold_the_rest,
+    left_of_stored,
+    load_encoded,
+    plan_load,
+    settle,
+    stored_modules,
+)
 from pronghorn.loading.report import LoadReport, memory, report_load
 from pronghorn.sources.source import Source
 from pronghorn.weights.folder import open_weights
@@ -74,6 +81,8 @@ def load_base(
         files, left = choice.files, choice.left
     else:
         model, info = _build(source, config=config, dtype=dtype, device_map=device_map, **common)
+        if plan.stored and isinstance(dtype, torch.dtype):
+            hold_the_rest(model, dtype)
         files, left = stored_modules(model, plan), left_of_stored(model, plan) if plan.stored else {}
     _check(source, info, model)
     settle(source, model, frozenset(files if plan.quantised == "nf4" else ()))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn import __version__
+from pronghorn.export.onto import adapter_note
 from pronghorn.export.verify_folder import Row
 from pronghorn.sources.hub import CARD, read_card
 from pronghorn.sources.record import read_record
@@ -32,7 +33,8 @@ class Result:
     """What a card is about.
 
     ``adapter``: the trained adapter's folder, for its record and its run; ``checks``: the promises that were
-    checked, with what was found.
+    checked, with what was found; ``onto``: where the training's base was quantised, what that means for this
+    result.
     """
 
     folder: Path
@@ -41,13 +43,14 @@ class Result:
     base: Path | None
     checks: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
+    onto: str | None = None
 
 
 def model_card(repo: str, result: Result) -> str:
     """The text of README.md for the hub."""
     base, run = _base_of(result), _run_of(result.adapter)
     lines = [*_head(base, result), "", f"# {repo.rpartition('/')[2]}", "", _summary(result, base)]
-    lines += ["", "## Base", "", *_told_base(base)]
+    lines += ["", "## Base", "", *_told_base(base), *_told_values(result)]
     if run is not None:
         lines += ["", "## Data", "", *_told_data(run), "", "## Metrics", "", *_told_metrics(run)]
     lines += ["", "## How it was verified", "", *_told_checks(result), ""]
@@ -169,6 +172,15 @@ def _told_base(base: _Base | None) -> Iterator[str]:
         yield f"- fingerprint of its weights: `{base.fingerprint}`"
     named = base.license.get("license_name") or base.license.get("license")
     yield f"- license: {named or 'its card names none, or could not be read'}"
+
+
+def _told_values(result: Result) -> Iterator[str]:
+    """Of a base that was quantised at training: which of its values the result is on."""
+    told = result.onto
+    if told is None and _is_adapter(result) and result.adapter is not None:
+        told = adapter_note(read_record(result.adapter))
+    if told is not None:
+        yield f"- {told}"
 
 
 def _told_data(run: Mapping[str, Any]) -> Iterator[str]:

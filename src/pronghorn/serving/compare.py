@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pronghorn.adapters.origin import base_of, origin_of
-from pronghorn.errors import DataError, PronghornError
+from pronghorn.errors import DataError, NotSupportedError, PronghornError
 from pronghorn.export.report import ExportReport
 from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
@@ -150,7 +150,14 @@ def _scores(model: Any, ids: list[int], labels: list[int]) -> tuple[torch.Tensor
 def drift(report: ExportReport, onto: str, rows: str | Path | None = None) -> tuple[Measured, ...]:
     """How far what an export wrote is from the trained model; see ``compare`` for rows and errors."""
     base = report.trained_on or report.base
-    return compare(drift_candidates(report.adapter, base, report.folder, onto), rows)
+    merged = None if report.is_adapter else report.folder
+    candidates = drift_candidates(report.adapter, base, merged, onto)
+    if len(candidates) == 1:
+        raise NotSupportedError(
+            f"{base} holds its weights in NF4 only",
+            fix="name the 16-bit model it was made from: --onto original --base MODEL",
+        )
+    return compare(candidates, rows)
 
 
 def drift_line(report: ExportReport, onto: str, rows: str | Path) -> str:
@@ -163,16 +170,16 @@ def drift_line(report: ExportReport, onto: str, rows: str | Path) -> str:
     return f"drift from the trained model on {measured[0].tokens} tokens: {'; '.join(told)}"
 
 
-def drift_candidates(adapter: str | Path, base: Path, merged: Path, onto: str) -> list[Candidate]:
+def drift_candidates(adapter: str | Path, base: Path, merged: Path | None, onto: str) -> list[Candidate]:
     """What a merge is held against: the trained model, what was written, the other choice if there is one.
 
     The other choice is not written: an adapter on its 16-bit base computes what the merge onto that base
-    would, but for rounding.
+    would, but for rounding. Without a merge, it is the adapter as it is served.
     """
-    found = [
-        Candidate("trained: quantised base + adapter", adapter, LoadOptions(base=base)),
-        Candidate(f"merged onto {onto}", merged),
-    ]
-    if onto == "decoded" and quantization_of(read_json(base / BASE_CONFIG)) is None:
-        found.append(Candidate("onto original", adapter, LoadOptions(base=base, quantization="none")))
+    found = [Candidate("trained: quantised base + adapter", adapter, LoadOptions(base=base))]
+    if merged is not None:
+        found.append(Candidate(f"merged onto {onto}", merged))
+    if (merged is None or onto == "decoded") and quantization_of(read_json(base / BASE_CONFIG)) is None:
+        name = "onto original" if merged is not None else "adapter on the 16-bit base"
+        found.append(Candidate(name, adapter, LoadOptions(base=base, quantization="none")))
     return found

@@ -80,7 +80,9 @@ def push_export(
     upload = Upload(push)
     report = write(Watch(progress, upload.send))
     checks = report.checks or _checked(report.folder)
-    result = Result(report.folder, report.format, report.adapter, report.base, checks, report.warnings)
+    result = Result(
+        report.folder, report.format, report.adapter, report.base, checks, report.warnings, report.onto
+    )
     try:
         return report, _finish(upload, result)
     except ExportError as error:

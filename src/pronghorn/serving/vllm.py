@@ -31,7 +31,8 @@ from pronghorn.export.portable import served_pairs
 from pronghorn.export.verify import VerifyReport, verify
 from pronghorn.export.verify_engines import LOGITS, MEANING, REFUSED
 from pronghorn.export.verify_model import available_bytes
-from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, read_json, resolve, resolve_base
+from pronghorn.serving.base import base_notes, base_to_serve
+from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, is_compressed, read_json, resolve
 from pronghorn.sources.source import Source, SourceKind
 
 # vLLM's LoRA kernels index tokens by a grid of at most 65,535 blocks; 65,528 is the last multiple of 8
@@ -42,6 +43,7 @@ _GIB = 2**30
 # beyond the weights: activations, CUDA graphs, the runtime
 _RESERVED_BYTES = 2 * _GIB
 _LARGEST_SHARE, _CPU_CACHE_GIB = 0.92, 4
+_INT8_LAYOUT = "int-quantized"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _INSTALL = (
     "install vLLM in an environment of its own and name its interpreter: --vllm-python PATH, in a notebook "
@@ -58,7 +60,8 @@ class ServePlan:
     """How vLLM is to be started for one folder.
 
     ``model`` is the folder vLLM loads; with ``adapter``, requests name the model ``name`` to get it.
-    ``arguments`` are keyword arguments of ``LLM``; ``environment`` variables to set.
+    ``arguments`` are keyword arguments of ``LLM``; ``environment`` variables to set; ``notes`` are what the
+    answers depend on and no check can decide, in words.
     """
 
     model: Path
@@ -66,6 +69,7 @@ class ServePlan:
     adapter: Path | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """``vllm serve`` with its arguments."""
@@ -95,12 +99,14 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
 
     Args:
         folder: A merged, quantised or base model, or an adapter (in any form that vLLM applies rightly).
-        base: For an adapter, where its base is; by default the recorded place.
+        base: For an adapter, where its base is; by default the recorded place. It may be quantised
+            (compressed-tensors), or in 16 bit where the adapter was trained on a folder stored in NF4.
         name: The name requests use; by default the folder's.
 
     Raises:
         NotSupportedError: something vLLM refuses or ignores; each such thing is named with its remedy.
-        AdapterError: a module that vLLM would not find under its name.
+        AdapterError: a module that vLLM would not find under its name; a base of another model, or one
+            that has the adapter merged in.
         SourceError, VerificationError: the folder is incomplete or breaks a promise.
     """
     path = Path(folder).expanduser()
@@ -115,7 +121,8 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
     if not torch.cuda.is_available():
         # vLLM's CPU kernels apply the last slot to requests of the base beside an adapter's: it stays empty
         arguments["max_loras"] = 2
-    return ServePlan(adapter.base.path, name or adapter.path.name, adapter.path, arguments, environment)
+    name = name or adapter.path.name
+    return ServePlan(adapter.base.path, name, adapter.path, arguments, environment, adapter.notes)
 
 
 def plan_engine(
@@ -139,11 +146,15 @@ def plan_engine(
 
 @dataclass(frozen=True)
 class ServableAdapter:
-    """An adapter that vLLM applies rightly to ``base``; ``rank`` is its largest."""
+    """An adapter that vLLM applies rightly to ``base``.
+
+    ``rank`` is its largest; ``notes`` as in ServePlan.
+    """
 
     path: Path
     base: Source
     rank: int
+    notes: tuple[str, ...]
 
 
 def servable_adapter(folder: str | Path, *, base: str | Path | None = None) -> ServableAdapter:
@@ -155,16 +166,20 @@ def servable_adapter(folder: str | Path, *, base: str | Path | None = None) -> S
     source = resolve(Path(folder).expanduser())
     if source.kind is not SourceKind.ADAPTER:
         raise AdapterError(f"{folder} is not an adapter", fix="give the adapter's folder")
-    found = resolve_base(source, base=base)
+    found = base_to_serve(source, base)
     adapter, served = served_pairs(source.path, found.path)
     wrong = [one for one in served if one.module + ".weight" != one.pair.parameter]
     if wrong:
         raise AdapterError(
             f"{folder} names {wrong[0].pair.parameter.removesuffix('.weight')}, the class that serves "
             f"{found.path} {wrong[0].module}; vLLM would ignore the adapter and answer as the base",
-            fix=f"pronghorn export {folder} DIR --format adapter --base {found.path}",
+            fix=f"pronghorn export {folder} DIR --format adapter --base "
+            + ("the same base in 16 bit" if is_compressed(found) else str(found.path)),
         )
-    return ServableAdapter(source.path.resolve(), found, max(pair.rank for pair in adapter.pairs))
+    if is_compressed(found):
+        _check_model(found.path)  # a scale that is missing loads as NaN
+    rank = max(pair.rank for pair in adapter.pairs)
+    return ServableAdapter(source.path.resolve(), found, rank, base_notes(source, adapter, found))
 
 
 def _with_adapters(
@@ -196,9 +211,16 @@ def _check_engine(path: Path, report: VerifyReport) -> None:
 
 
 def _check_adapters(base: Path, config: Mapping[str, Any]) -> None:
-    """Without a GPU, vLLM 0.32 fails at its start with any adapter on a mixture of experts."""
+    """Without a GPU, vLLM 0.32 fails at its start with any adapter on a mixture of experts, or on int8."""
+    if torch.cuda.is_available():
+        return
+    if (config.get("quantization_config") or {}).get("format") == _INT8_LAYOUT:
+        raise NotSupportedError(
+            f"{base} is in 8-bit integers (w8a8): vLLM's CPU build ends at its start with any adapter on it",
+            fix="serve it on a GPU, quantise the base as w4a16 or fp8, or merge the adapter: --format w8a8",
+        )
     text = config.get("text_config") or config
-    if any(text.get(key) for key in _EXPERTS) and not torch.cuda.is_available():
+    if any(text.get(key) for key in _EXPERTS):
         raise NotSupportedError(
             f"{base} is a mixture of experts: vLLM's CPU build ends at its start with any adapter on it",
             fix="serve it on a GPU, or merge the adapter: --format merged_16bit",

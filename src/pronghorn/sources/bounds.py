@@ -14,6 +14,8 @@ from typing import Any
 from pronghorn.errors import NotSupportedError, SourceError
 from pronghorn.weights.folder import WeightFolder
 
+# values of quant_method
+BITSANDBYTES, COMPRESSED_TENSORS = "bitsandbytes", "compressed-tensors"
 _LAYER_KEYS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers"})
 # each of these is a dimension of some tensor, so none can exceed the largest dimension in the files
 _SIZE_KEYS = frozenset(
@@ -37,12 +39,17 @@ _CODE_KEYS = frozenset(
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def check_base_config(path: Path, config: Mapping[str, Any], weights: WeightFolder, *, code: bool) -> None:
+def check_base_config(
+    path: Path, config: Mapping[str, Any], weights: WeightFolder, *, code: bool, to_serve: bool = False
+) -> None:
     """Refuse a config that is absurd for these weights, needs code, or cannot be loaded.
+
+    ``to_serve``: the base is opened by an engine, not trained here.
 
     Raises:
         SourceError: a missing model_type, an impossible size or layer count, or code named by the config.
-        NotSupportedError: weights quantised in a format other than NF4.
+        NotSupportedError: weights quantised in a format other than NF4 (``to_serve``: than
+            compressed-tensors' and bitsandbytes').
     """
     if not isinstance(config.get("model_type"), str):
         raise SourceError(
@@ -58,7 +65,7 @@ def check_base_config(path: Path, config: Mapping[str, Any], weights: WeightFold
     largest = max((max(entry.shape, default=1) for _, entry in weights.tensors.values()), default=1)
     for key, value in _walk(config):
         if key == "quantization_config" and value:
-            _check_quantization(path, value)
+            _check_quantization(path, value, to_serve)
         if key in _CODE_KEYS and isinstance(value, str) and "/" in value:
             raise SourceError(
                 f"{path} sets {key} to {value!r}, a kernel to be fetched from a repository",
@@ -67,15 +74,28 @@ def check_base_config(path: Path, config: Mapping[str, Any], weights: WeightFold
         _check_number(path, key, value, layers, largest)
 
 
-def _check_quantization(path: Path, value: Any) -> None:
-    """One format of quantised weights can be used: bitsandbytes' NF4."""
+def quantised_kind(value: Any) -> str:
+    """What a quantization_config describes: "compressed-tensors", "bitsandbytes, nf4" and so on."""
     found = value if isinstance(value, Mapping) else {"quant_method": value}
     method = found.get("quant_method", "bitsandbytes" if found.get("load_in_4bit") else "unknown")
-    kind = str(method)
-    if method == "bitsandbytes":
-        kind += ", 8-bit" if not found.get("load_in_4bit") else f", {found.get('bnb_4bit_quant_type', 'fp4')}"
-        if found.get("bnb_4bit_quant_storage", "uint8") not in ("uint8", None):
-            kind += f" stored as {found['bnb_4bit_quant_storage']}"
+    if method != BITSANDBYTES:
+        return str(method)
+    kind = ", 8-bit" if not found.get("load_in_4bit") else f", {found.get('bnb_4bit_quant_type', 'fp4')}"
+    if found.get("bnb_4bit_quant_storage", "uint8") not in ("uint8", None):
+        kind += f" stored as {found['bnb_4bit_quant_storage']}"
+    return BITSANDBYTES + kind
+
+
+def _check_quantization(path: Path, value: Any, to_serve: bool) -> None:
+    """One format of quantised weights can be trained on: bitsandbytes' NF4."""
+    kind = quantised_kind(value)
+    if to_serve and kind.startswith((COMPRESSED_TENSORS, BITSANDBYTES)):
+        return  # what an engine makes of these is said where it is served
+    if to_serve:
+        raise NotSupportedError(
+            f"{path} describes quantised weights ({kind}), under which an adapter cannot be checked here",
+            fix="give the 16-bit base, or one in a layout of compressed-tensors (w4a16, fp8)",
+        )
     if kind != "bitsandbytes, nf4":
         raise NotSupportedError(
             f"{path} describes quantised weights ({kind}), which cannot be fine-tuned here; "

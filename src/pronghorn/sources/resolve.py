@@ -9,7 +9,7 @@ from typing import Any
 
 from pronghorn.errors import AdapterError, NotSupportedError, SourceError
 from pronghorn.sources import hub
-from pronghorn.sources.bounds import check_base_config
+from pronghorn.sources.bounds import COMPRESSED_TENSORS, check_base_config, quantised_kind
 from pronghorn.sources.record import AdapterRecord, read_record
 from pronghorn.sources.source import Source, SourceKind
 from pronghorn.weights.folder import fingerprint, open_weights
@@ -29,11 +29,13 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    to_serve: bool = False,
 ) -> Source:
     """Find the files of a model or adapter: a local folder first, else a hub snapshot; then check them.
 
     A local folder is never replaced by a hub model of the same name, and what looks like a path is never
-    looked up on the hub. HF_HUB_OFFLINE is obeyed.
+    looked up on the hub. HF_HUB_OFFLINE is obeyed. ``to_serve`` also takes bases that engines open and that
+    cannot be trained on: in the layouts of compressed-tensors and bitsandbytes.
 
     Raises:
         SourceError: nothing is there, or what is there is incomplete, damaged or hostile.
@@ -47,7 +49,7 @@ def resolve(
                 f"{text} is a local folder, which has no revision {revision!r}",
                 fix="leave revision out, or rename the folder if the hub model is meant",
             )
-        return inspect(local.absolute(), name=text, trust_remote_code=trust_remote_code)
+        return inspect(local.absolute(), name=text, trust_remote_code=trust_remote_code, to_serve=to_serve)
     if text and local.exists():
         raise SourceError(
             f"{text} is a file, not a model folder", fix="pass the folder that holds config.json"
@@ -55,7 +57,7 @@ def resolve(
     if isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
         raise SourceError(f"there is no folder {text!r}", fix="check the path for typing errors")
     folder, commit = hub.download(text, revision=revision, token=token, code=trust_remote_code)
-    return inspect(folder, name=text, revision=commit, trust_remote_code=trust_remote_code)
+    return inspect(folder, name=text, revision=commit, trust_remote_code=trust_remote_code, to_serve=to_serve)
 
 
 def resolve_base(
@@ -64,10 +66,13 @@ def resolve_base(
     base: str | Path | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    to_serve: bool = False,
 ) -> Source:
     """The base an adapter was trained on: from its pronghorn.json first, else from adapter_config.json.
 
-    ``base`` replaces where to look; the recorded fingerprint still has to match.
+    ``base`` replaces where to look; the recorded fingerprint still has to match. ``to_serve`` also takes what
+    ``resolve`` then takes; a base in a layout of compressed-tensors never has the recorded fingerprint, and
+    what it was made from is for the caller to check.
 
     Raises:
         AdapterError: no base is named, or the one found is not the one the adapter was trained on.
@@ -82,7 +87,9 @@ def resolve_base(
     else:
         wanted, revision = _configured(adapter)
     try:
-        found = resolve(wanted, revision=revision, token=token, trust_remote_code=trust_remote_code)
+        found = resolve(
+            wanted, revision=revision, token=token, trust_remote_code=trust_remote_code, to_serve=to_serve
+        )
     except SourceError as error:
         raise SourceError(
             f"the base of the adapter {adapter.name} cannot be used: {error.message}",
@@ -93,7 +100,7 @@ def resolve_base(
             f"{wanted}, named as the base of the adapter {adapter.name}, is itself an adapter",
             fix=f"{_SAY_BASE} the folder of the model it was trained on",
         )
-    if record is not None and record.base_fingerprint:
+    if record is not None and record.base_fingerprint and not is_compressed(found):
         actual = fingerprint(open_weights(found.path))
         if actual != record.base_fingerprint:
             raise AdapterError(
@@ -103,6 +110,11 @@ def resolve_base(
                 fix=f"{_SAY_BASE} the folder (or hub id) of the very base it was trained on",
             )
     return found
+
+
+def is_compressed(source: Source) -> bool:
+    """Whether a base holds its weights in a layout of compressed-tensors."""
+    return quantised_kind(source.config.get("quantization_config")) == COMPRESSED_TENSORS
 
 
 def _recorded(adapter: Source, record: AdapterRecord) -> tuple[str | Path, str | None]:
@@ -134,7 +146,12 @@ def _configured(adapter: Source) -> tuple[str, str | None]:
 
 
 def inspect(
-    folder: Path, *, name: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    to_serve: bool = False,
 ) -> Source:
     """Say what a local folder is, from its content, and check it; no weight is read.
 
@@ -156,7 +173,9 @@ def inspect(
     if not has_base:
         raise _no_config(folder)
     config = read_json(folder / BASE_CONFIG)
-    check_base_config(folder / BASE_CONFIG, config, open_weights(folder), code=trust_remote_code)
+    check_base_config(
+        folder / BASE_CONFIG, config, open_weights(folder), code=trust_remote_code, to_serve=to_serve
+    )
     return Source(SourceKind.BASE, folder, name, revision, config)
 
 

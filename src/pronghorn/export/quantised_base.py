@@ -1,0 +1,85 @@
+"""A base quantised to a layout of compressed-tensors, held against the one an adapter was trained on.
+
+The files are others, so no fingerprint knows it. Its values do: decoded, they are those of the training but
+for rounding, and they do not hold the adapter's update already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pronghorn.adapters.files import AdapterFolder
+from pronghorn.export.verify_codes import Coded, coded
+from pronghorn.export.verify_decode import decode
+from pronghorn.export.verify_folder import Folder
+from pronghorn.quant.stored import StoredNF4, stored_4bit
+from pronghorn.sources.source import Source
+from pronghorn.weights import keymap
+from pronghorn.weights.folder import WeightFolder, open_weights
+from pronghorn.weights.reader import read_rows, read_tensor
+
+_ROWS = 64  # of each matrix
+
+
+def held_against(adapter: AdapterFolder, base: Path, trained: Source) -> tuple[float, float]:
+    """How far the weights of ``base`` are off those of ``trained``, relative to these; and how much of the
+    adapter's update is in the difference: 0 where it is not merged, 1 where it is.
+    """
+    weights = open_weights(trained.path)
+    stored = stored_4bit(trained.config, weights)
+    apart = size = along = length = 0.0
+    for piece in _pieces(adapter, Folder(base), weights, stored):
+        difference = piece.decoded - piece.trained
+        apart += float(difference.double().square().sum())
+        size += float(piece.trained.double().square().sum())
+        if piece.update is not None:
+            along += float((difference * piece.update).double().sum())
+            length += float(piece.update.double().square().sum())
+    if not size:
+        return math.inf, 0.0
+    return (apart / size) ** 0.5, along / length if length else 0.0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The first rows [rows, in] of a weight in float32: decoded, as trained on, and the adapter's update."""
+
+    decoded: torch.Tensor
+    trained: torch.Tensor
+    update: torch.Tensor | None
+
+
+def _pieces(
+    adapter: AdapterFolder, view: Folder, weights: WeightFolder, stored: Mapping[str, StoredNF4]
+) -> Iterator[_Piece]:
+    names = coded(view)
+    pairs = {keymap.find(pair.parameter, names): pair for pair in adapter.pairs if not pair.embedding}
+    for name, one in names.items():
+        rows = min(_ROWS, one.shape[0])
+        trained = _trained_rows(name, one, rows, weights, stored)
+        if trained is None:
+            continue
+        pair, update = pairs.get(name), None
+        if pair is not None:
+            b = read_rows(adapter.shard, pair.b, 0, rows).float()
+            update = pair.scaling * b @ read_tensor(adapter.shard, pair.a).float()
+        yield _Piece(decode(one, 0, rows)[0], trained, update)
+
+
+def _trained_rows(
+    name: str, one: Coded, rows: int, weights: WeightFolder, stored: Mapping[str, StoredNF4]
+) -> torch.Tensor | None:
+    """None where the base of the training has no such matrix (its experts may be stacked)."""
+    file = keymap.find(name, weights.tensors)
+    if file is None:
+        return None
+    if file in stored:
+        return stored[file].rows(0, rows).float()
+    if weights.tensors[file][1].shape != one.shape:
+        return None
+    return read_rows(*weights.tensors[file], 0, rows).float()
