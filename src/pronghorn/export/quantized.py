@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pronghorn.errors import NotSupportedError
@@ -20,17 +21,31 @@ from pronghorn.weights import keymap
 from pronghorn.weights.folder import WeightFolder
 from pronghorn.weights.shards import TensorEntry
 
-_USE_16 = "use merged_16bit; vLLM can quantise that as it loads it"
+_USE_16 = "use the 16-bit model (merged_16bit); vLLM can quantise that as it loads it"
 # transformers 5 stacks the experts of a mixture as it reads them, and only decodes these two on the way
 _MIXTURE_FORMATS = ("w4a16", "fp8")
 _MIXTURES = ("mixtral", "qwen3_moe")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+# model type of a multimodal model -> that of its language model, proven in vLLM and transformers
+_MULTIMODAL: Mapping[str, str] = MappingProxyType(
+    {
+        "gemma3": "gemma3_text", "mistral3": "mistral",
+        "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text",
+    }
+)  # fmt: skip
+_LANGUAGE = "model.language_model."
 _NUMBER = re.compile(r"\.\d+\.")
+# all that is under a name: engines differ in what stands before it
+_UNDER = "re:.*{}\\..*"
+_PATTERN = re.compile(r"^re:\.\*(\w+)\\\.\.\*$")
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """``coded`` are file tensors of linear layers; ``ignore`` the linear layers that stay as they are."""
+    """``coded`` are file tensors of linear layers; ``ignore`` the linear layers that stay as they are.
+
+    What lies beside a multimodal model's language model is in ``ignore`` as one pattern for each part.
+    """
 
     scheme: Scheme
     coded: frozenset[str]
@@ -40,7 +55,7 @@ class Quantisation:
     def told(self) -> str:
         """One line for the report."""
         per = f"group of {self.scheme.group}" if self.scheme.group else "row"
-        twins = Counter(_NUMBER.sub(".*.", name) for name in self.ignore)
+        twins = Counter(_NUMBER.sub(".*.", _PATTERN.sub(r"all of \1", name)) for name in self.ignore)
         kept = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in twins.items()) or "none"
         number = f"{self.scheme.bits}-bit {self.scheme.kind}"
         return f"{len(self.coded)} linear layers as {number}, one scale per {per}; left in 16 bit: {kept}"
@@ -52,27 +67,34 @@ class Quantisation:
 
 
 def plan_quantisation(
-    name: str, weights: WeightFolder, config: Mapping[str, Any], base: Path
+    name: str, weights: WeightFolder, config: Mapping[str, Any], base: Path, *, text_only: bool = False
 ) -> Quantisation:
-    """Choose the layers: every linear layer of the decoder; the output head stays.
+    """Choose the layers: every linear layer of the decoder; the output head and image towers stay.
+
+    Args:
+        name: the format.
+        weights: what is quantised.
+        config: the config.json of ``base``.
+        base: the folder whose class says which tensors are linear layers.
+        text_only: ``weights`` are the language model of ``base`` alone.
 
     Raises:
         NotSupportedError: a model of a kind that is not proven, or a shape no kernel takes.
     """
-    if isinstance(config.get("text_config"), Mapping):
-        raise NotSupportedError(f"{name} of a multimodal model is not proven in an engine", fix=_USE_16)
+    multimodal = not text_only and _is_multimodal(name, config)
+    layers = f"{_LANGUAGE}layers." if multimodal else ".layers."
     experts = [file for file in weights.tensors if ".experts." in file]
     if experts:
         _check_mixture(name, str(config.get("model_type")), [weights.tensors[one][1] for one in experts])
     coded = {file for file in experts if file.endswith(".weight")}
-    ignore: list[str] = []
-    for module, found in class_modules(base).items():
+    ignore: dict[str, None] = {}
+    for module, found in class_modules(base, text_only=text_only).items():
         file = keymap.find(f"{module}.weight", weights.tensors)
         if module.rpartition(".")[2] in _ROUTERS:
             stored = file.removesuffix(".weight") if file else module
-            ignore += dict.fromkeys((module, stored))  # engines differ in whose name they look for
-        elif found.kind == "Linear" and (".layers." not in module or file is None):
-            ignore.append(module)
+            ignore |= dict.fromkeys((module, stored))  # engines differ in whose name they look for
+        elif found.kind == "Linear" and (layers not in module or file is None):
+            ignore[_beside(module) if multimodal else module] = None
         elif found.kind == "Linear" and file is not None:
             coded.add(file)
     if not coded:
@@ -83,6 +105,27 @@ def plan_quantisation(
             raise NotSupportedError(f"{entry.name} of the base is {entry.dtype}", fix="use the 16-bit base")
     scheme = choose_scheme(name, (entry.shape[1] for entry in entries))
     return Quantisation(scheme, frozenset(coded), tuple(ignore))
+
+
+def _is_multimodal(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the model has towers beside its language model; one of an unproven kind is refused."""
+    text = config.get("text_config")
+    if text is None and "vision_config" not in config:
+        return False
+    kind, inner = config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None
+    if kind not in _MULTIMODAL or inner not in (None, _MULTIMODAL[str(kind)]):
+        raise NotSupportedError(
+            f"{name} of a multimodal model is proven for {', '.join(_MULTIMODAL)} only, this is {kind}"
+            + (f" with {inner}" if inner else ""),
+            fix=_USE_16,
+        )
+    return True
+
+
+def _beside(module: str) -> str:
+    """How a linear layer that stays is listed: by its name, in a tower by that of the whole tower."""
+    tower, _, inside = module.removeprefix("model.").partition(".")
+    return _UNDER.format(tower) if inside and not module.startswith(_LANGUAGE) else module
 
 
 def _check_mixture(name: str, kind: str, experts: list[TensorEntry]) -> None:

@@ -1,0 +1,80 @@
+"""Quantised multimodal folders: the language model in codes, towers and projector the base's own bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pronghorn.errors import NotSupportedError
+from pronghorn.export.run import export
+from pronghorn.export.verify import verify
+from pronghorn.export.verify_codes import coded
+from pronghorn.export.verify_decode import load_decoded
+from pronghorn.export.verify_folder import Folder
+from pronghorn.export.verify_stream import compare_weights
+from tests import multimodal
+from tests.export.damage import edit_json
+from tests.export.test_multimodal import logits
+from tests.export.test_quantized import tensors
+from tests.multimodal import BASES
+
+BESIDE = {
+    "gemma3": [r"re:.*vision_tower\..*"],
+    "mistral3": [r"re:.*vision_tower\..*", r"re:.*multi_modal_projector\..*"],
+    "qwen2_5_vl": [r"re:.*visual\..*"],
+    "qwen3_vl": [r"re:.*visual\..*"],
+}
+
+
+@pytest.mark.parametrize(("family", "layout"), BASES)
+def test_every_layout_keeps_its_names_and_its_tower(family: str, layout: str, tmp_path: Path) -> None:
+    multimodal.require(family, layout)
+    base = multimodal.write_base(tmp_path / "base", family, layout)
+    report = export(base, tmp_path / "out", format="w4a16", verify=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == [*BESIDE[family], "lm_head"]
+    assert "left in 16 bit: all of v" in report.changes[0]
+    weights = coded(Folder(tmp_path / "out"))
+    assert len(weights) == 14 and all(re.search(r"layers\.\d\.(self_attn|mlp)", name) for name in weights)
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - weights.keys())
+    assert compare_weights(Folder(tmp_path / "out"), Folder(base), None).problems == []
+    decoded = load_decoded(Folder(tmp_path / "out"), base)
+    moved = (logits(decoded) - logits(multimodal.load(base))).square().mean().sqrt()
+    assert 0 < moved < 0.5 * logits(multimodal.load(base)).square().mean().sqrt()
+
+
+def test_base_and_adapter_are_held_against_the_folder(tmp_path: Path) -> None:
+    base = multimodal.write_base(tmp_path / "base", "qwen2_5_vl")
+    adapter = multimodal.write_adapter(tmp_path / "adapter", base)
+    report = export(adapter, tmp_path / "out", format="fp8")
+    rows = {row.name: row.detail for row in report.checks}
+    assert "14 tensors hold the codes nearest" in rows["weights equal base + adapter, rounded once"]
+    assert "the adapter by" in rows["quality against base + adapter in float32"]
+
+
+def test_a_config_that_does_not_nest_is_multimodal_too(tmp_path: Path) -> None:
+    """Qwen2.5-VL's on the hub has the language model's settings beside vision_config."""
+    base = multimodal.write_base(tmp_path / "base", "qwen2_5_vl")
+    config = json.loads((base / "config.json").read_text())
+    text = config.pop("text_config")
+    (base / "config.json").write_text(json.dumps({**text, **config}))
+    export(base, tmp_path / "out", format="w8a8", verify=False)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["quantization_config"]["ignore"] == [*BESIDE["qwen2_5_vl"], "lm_head"]
+
+
+def test_families_that_are_not_proven_are_refused(tmp_path: Path) -> None:
+    base = multimodal.write_base(tmp_path / "base")
+    edit_json(base / "config.json", model_type="llava")
+    with pytest.raises(NotSupportedError, match=r"is proven for gemma3, .* only, this is llava with gemma3_text"):
+        export(base, tmp_path / "out", format="w4a16")
+    config = json.loads((base / "config.json").read_text())
+    edit_json(base / "config.json", model_type="gemma3", text_config={**config["text_config"], "model_type": "x"})
+    with pytest.raises(NotSupportedError, match="this is gemma3 with x"):
+        export(base, tmp_path / "out", format="fp8")
+    assert not (tmp_path / "out").exists()
