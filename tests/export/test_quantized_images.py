@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,46 @@ def test_families_that_are_not_proven_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotSupportedError, match="this is gemma3 with x"):
         export(base, tmp_path / "out", format="fp8")
     assert not (tmp_path / "out").exists()
+
+
+CLASS = [f"model.vision_tower.encoder.layers.0.{name}" for name in (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2",
+)] + [f"model.vision_tower.head.{name}" for name in ("attention.out_proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
+# the ignore list of a folder -> what transformers 5 and vLLM make of w4a16, and of w8a8; as the real ones
+# did in tests/external/test_quantized_images.py
+IGNORED = {
+    "patterns": ([r"re:.*vision_tower\..*"], ("right", "right"), ("right", "right")),
+    "nothing": ([], ("refused", "refused"), ("wrong logits", "wrong logits")),
+    "names of transformers": (CLASS, ("right", "refused"), ("right", "wrong logits")),
+    "names of the hub": (
+        [name.replace("model.vision_tower.", "vision_tower.vision_model.") for name in CLASS],
+        ("refused", "right"), ("wrong logits", "right"),
+    ),
+    "patterns of the hub": ([r"re:vision_tower.*"], ("refused", "right"), ("wrong logits", "right")),
+    "a broken pattern": (["re:*("], ("refused", "refused"), ("wrong logits", "wrong logits")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("ignored")
+    base = multimodal.write_base(home / "base")
+    return {
+        name: export(base, home / name, format=name, verify=False).folder for name in ("w4a16", "w8a8")
+    }
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_a_tower_that_engines_take_for_codes_is_told(
+    folders: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    ignore, *wanted = IGNORED[case]
+    for (name, source), outcomes in zip(folders.items(), wanted, strict=True):
+        folder = Path(shutil.copytree(source, tmp_path / name))
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        edit_json(folder / "config.json", quantization_config={**settings, "ignore": [*ignore, "lm_head"]})
+        report = verify(folder)
+        told = tuple(report.engine(engine).outcome for engine in ("transformers 5", "vllm"))
+        assert told == outcomes, str(report)
+        assert report.passed == (case == "patterns")
+        assert case == "patterns" or "vision_tower" in str(report.engine("vllm")) + str(report)
