@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -56,6 +57,28 @@ def test_base_and_adapter_are_held_against_the_folder(tmp_path: Path) -> None:
     rows = {row.name: row.detail for row in report.checks}
     assert "14 tensors hold the codes nearest" in rows["weights equal base + adapter, rounded once"]
     assert "the adapter by" in rows["quality against base + adapter in float32"]
+
+
+@pytest.mark.parametrize("family", multimodal.FAMILIES)
+def test_nf4_is_read_by_transformers_and_bitsandbytes(family: str, tmp_path: Path) -> None:
+    multimodal.require(family, "hub")
+    base = multimodal.write_base(tmp_path / "base", family)
+    report = export(base, tmp_path / "out", format="merged_4bit", verify=False)
+    truth, found = multimodal.load(base), multimodal.load(report.folder)
+    packed = 0
+    for name, module in found.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            exact, ours = truth.get_submodule(name).weight, module.weight
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                ours = bitsandbytes.functional.dequantize_4bit(ours.data, ours.quant_state)
+                packed += 1
+                assert 0.05 < (ours - exact).norm() / exact.norm() < 0.11  # NF4's own
+            else:
+                assert torch.equal(ours, exact), name
+    assert packed == 14
+    settings = json.loads((report.folder / "config.json").read_text())["quantization_config"]
+    skipped = ["lm_head", *(entry.removeprefix("re:.*").removesuffix(r"\..*") for entry in BESIDE[family])]
+    assert {name.removeprefix("model.") for name in settings["llm_int8_skip_modules"]} == set(skipped)
 
 
 def test_a_config_that_does_not_nest_is_multimodal_too(tmp_path: Path) -> None:
