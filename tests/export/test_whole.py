@@ -14,6 +14,7 @@ from pronghorn.export.formats import QUANTISED
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.run import export
 from pronghorn.export.verify import verify
+from pronghorn.export.verify_deep import compute_promises
 from pronghorn.export.verify_folder import Folder
 from pronghorn.export.verify_stream import compare_weights
 from tests import multimodal, tiny
@@ -56,7 +57,9 @@ def test_a_merged_folder_becomes_what_base_and_adapter_become(
     export(adapter, tmp_path / "at once", format=name, verify=False)
     report = export(merged, tmp_path / "in two steps", format=name, verify=False)
     assert same_weights(tmp_path / "at once", tmp_path / "in two steps")
-    configs = [json.loads((tmp_path / one / "config.json").read_text()) for one in ("at once", "in two steps")]
+    configs = [
+        json.loads((tmp_path / one / "config.json").read_text()) for one in ("at once", "in two steps")
+    ]
     assert configs[0] == configs[1]
     assert report.adapter == report.base == merged
     assert (report.changed_share, report.tensors_merged) == (None, 0)
@@ -87,8 +90,6 @@ def test_it_is_verified_against_the_model_itself(rounded: tuple[Path, Path], tmp
     assert not any("adapter" in text for text in (*rows.values(), *rows) if "beside" not in text)
     assert [name for name, _, _ in report.quality][-1] == "size"
     assert report.changes[0].startswith("14 linear layers as 4-bit int")
-    again = verify(tmp_path / "out", deep=True, against=rounded[1])
-    assert again.passed and {row.name for row in again.rows} == set(rows)
 
     def flip(held: dict[str, torch.Tensor]) -> None:
         held[f"{DOWN}.weight_packed"][3, 2] ^= 0b100
@@ -102,9 +103,10 @@ def test_the_language_model_of_a_multimodal_folder_alone(tmp_path: Path) -> None
     base = multimodal.write_base(tmp_path / "base", dtype=torch.float32)
     adapter = multimodal.write_adapter(tmp_path / "adapter", base)
     export(adapter, tmp_path / "merged", verify=False)
-    report = export(tmp_path / "merged", tmp_path / "text", format=MergeFormat(text_only=True))
-    kept = {row.name for row in report.checks}
-    assert {"weights equal the base, rounded once", "logits equal the base"} <= kept
+    export(tmp_path / "merged", tmp_path / "text", format=MergeFormat(text_only=True), verify=False)
+    rows = compute_promises(tmp_path / "text", tmp_path / "merged", tmp_path / "merged")
+    assert all(row.ok for row in rows), rows
+    assert {"weights equal the base, rounded once", "logits equal the base"} <= {row.name for row in rows}
     export(adapter, tmp_path / "at once", format=MergeFormat("w4a16", text_only=True), verify=False)
     export(tmp_path / "text", tmp_path / "in two steps", format="w4a16", verify=False)
     assert same_weights(tmp_path / "at once", tmp_path / "in two steps")
@@ -120,7 +122,9 @@ def test_what_makes_no_sense_is_refused(rounded: tuple[Path, Path], tmp_path: Pa
             export(merged, tmp_path / "out", format=format_)
         assert "w4a16" in caught.value.fix
     for option, value in (("base", merged), ("adapter_name", "poet")):
-        with pytest.raises(ConfigError, match=rf"is a whole model: {option} \(--{option.replace('_', '-')}\)"):
+        with pytest.raises(
+            ConfigError, match=rf"is a whole model: {option} \(--{option.replace('_', '-')}\)"
+        ):
             export(merged, tmp_path / "out", format="w4a16", **{option: value})
     with pytest.raises(ConfigError, match=r"is a whole model: onto \(--onto\) does nothing"):
         export(merged, tmp_path / "out", format=MergeFormat("w4a16", onto="original"))

@@ -24,7 +24,7 @@ from tests.export.damage import edit_json
 from tests.export.test_quantized_images import IGNORED
 from tests.external import memorised
 from tests.external.memorised import TRAINED
-from tests.external.test_quantized import CASES, through_transformers
+from tests.external.test_quantized import through_transformers
 from tests.external.test_vllm import rms
 from tests.external.test_vllm_images import ask, logprobs
 
@@ -36,11 +36,14 @@ SERVED = [
     ("gemma3", "since 4.52", "w4a16"), ("mistral3", "hub", "w4a16"), ("qwen2_5_vl", "hub", "w4a16"),
     ("qwen3_vl", "hub", "w4a16"),
 ]  # fmt: skip
-DECODED = [("gemma3", "hub", "nvfp4"), ("qwen2_5_vl", "hub", "nvfp4")]
+DECODED = [(family, "hub", "nvfp4") for family in multimodal.FAMILIES]
 # what ``ignore`` lists -> what vLLM says of Gemma 3 in w4a16, None where it answers right
 BROKEN = {"names of transformers": "has no attribute 'data'", "names of the hub": None}
-# bfloat16 against float32, relative to the logits' size
-ROUNDING = 0.02
+# mean distance of vLLM's log-probabilities that bfloat16 and quantised activations explain; w4a16 itself
+# moves them by 0.02
+APART = {"w4a16": 0.01, "w8a8": 0.02, "fp8": 0.05}
+# the same of logits in transformers, relative to their size
+ROUNDING = {"w4a16": 0.015, "nvfp4": 0.015, "w8a8": 0.025, "fp8": 0.06}
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str],
         base = home / f"{family}-{layout.replace(' ', '-')}"
         if not base.exists():
             multimodal.write_base(base, family, layout, built=built[family])
-        folder = export(base, home / f"{base.name}-{name}", format=name).folder
+        folder = export(base, home / f"{base.name}-{name}", format=name, verify=False).folder
         found[family, layout, name] = Made(base, folder, load_decoded(Folder(folder), base))
     return found
 
@@ -95,7 +98,7 @@ def test_vllm_serves_the_decoded_weights(
         for truth, ours in zip(logprobs(one.twin), found["logprobs"], strict=True)
     ]
     print(case, "mean |dlogp| of vLLM to the decoded weights:", apart)
-    assert max(apart) < CASES["llama", case[2]]
+    assert max(apart) < APART[case[2]]
     assert verify(one.folder).engine("vllm").outcome == "right"
 
 
@@ -107,7 +110,7 @@ def test_transformers_reads_the_decoded_weights(
         twin = memorised.logits(one.twin)
         apart = rms(torch.cat([torch.tensor(row) for row in rows]) - twin) / rms(twin)
         print(case, "rms of logits to the decoded weights, of their own:", apart)
-        assert apart < ROUNDING, case
+        assert apart < ROUNDING[case[2]], case
 
 
 @pytest.mark.parametrize("name", BROKEN)

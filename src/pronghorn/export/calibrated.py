@@ -100,9 +100,11 @@ def _plan(
     format_: str, weights: WeightFolder, config: dict[str, Any], folder: Path, *, text_only: bool = False
 ) -> Quantisation:
     plan = plan_quantisation(format_, weights, config, folder, text_only=text_only)
-    if any(".experts." in name for name in plan.coded):
+    mixture = any(".experts." in name for name in plan.coded)
+    if mixture or plan.towers:
+        kind = "a mixture of experts" if mixture else "a multimodal model"
         raise NotSupportedError(
-            "calibration of a mixture of experts is not proven", fix="leave out calibrate (--calibrate)"
+            f"calibration of {kind} is not proven", fix="leave out calibrate (--calibrate)"
         )
     return replace(plan, scheme=replace(plan.scheme, order="static"))
 

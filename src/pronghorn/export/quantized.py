@@ -35,30 +35,34 @@ _MULTIMODAL: Mapping[str, str] = MappingProxyType(
 )  # fmt: skip
 _LANGUAGE = "model.language_model."
 _NUMBER = re.compile(r"\.\d+\.")
-# all that is under a name: engines differ in what stands before it
-_UNDER = "re:.*{}\\..*"
-_PATTERN = re.compile(r"^re:\.\*(\w+)\\\.\.\*$")
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """``coded`` are file tensors of linear layers; ``ignore`` the linear layers that stay as they are.
+    """``coded`` are file tensors of linear layers; ``kept`` the linear layers that stay as they are.
 
-    What lies beside a multimodal model's language model is in ``ignore`` as one pattern for each part.
+    ``towers``: what lies beside a multimodal model's language model, and stays as a whole.
     """
 
     scheme: Scheme
     coded: frozenset[str]
-    ignore: tuple[str, ...]
+    kept: tuple[str, ...]
+    towers: tuple[str, ...] = ()
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """What config.json lists; a tower as a pattern, for engines differ in what they call its layers."""
+        return (*(rf"re:.*{tower}\..*" for tower in self.towers), *self.kept)
 
     @property
     def told(self) -> str:
         """One line for the report."""
         per = f"group of {self.scheme.group}" if self.scheme.group else "row"
-        twins = Counter(_NUMBER.sub(".*.", _PATTERN.sub(r"all of \1", name)) for name in self.ignore)
-        kept = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in twins.items()) or "none"
+        twins = Counter(_NUMBER.sub(".*.", name) for name in self.kept)
+        kept = [f"{name} ({n})" if n > 1 else name for name, n in twins.items()]
+        left = ", ".join([*(f"all of {tower}" for tower in self.towers), *kept]) or "none"
         number = f"{self.scheme.bits}-bit {self.scheme.kind}"
-        return f"{len(self.coded)} linear layers as {number}, one scale per {per}; left in 16 bit: {kept}"
+        return f"{len(self.coded)} linear layers as {number}, one scale per {per}; left in 16 bit: {left}"
 
     def edit(self, config: Mapping[str, Any]) -> bytes:
         """config.json with the quantization_config."""
@@ -87,14 +91,17 @@ def plan_quantisation(
     if experts:
         _check_mixture(name, str(config.get("model_type")), [weights.tensors[one][1] for one in experts])
     coded = {file for file in experts if file.endswith(".weight")}
-    ignore: dict[str, None] = {}
+    kept: list[str] = []
+    towers: dict[str, None] = {}
     for module, found in class_modules(base, text_only=text_only).items():
         file = keymap.find(f"{module}.weight", weights.tensors)
         if module.rpartition(".")[2] in _ROUTERS:
             stored = file.removesuffix(".weight") if file else module
-            ignore |= dict.fromkeys((module, stored))  # engines differ in whose name they look for
+            kept += dict.fromkeys((module, stored))  # engines differ in whose name they look for
+        elif found.kind == "Linear" and multimodal and (tower := _tower(module)):
+            towers[tower] = None
         elif found.kind == "Linear" and (layers not in module or file is None):
-            ignore[_beside(module) if multimodal else module] = None
+            kept.append(module)
         elif found.kind == "Linear" and file is not None:
             coded.add(file)
     if not coded:
@@ -104,7 +111,7 @@ def plan_quantisation(
         if entry.dtype not in MERGEABLE:
             raise NotSupportedError(f"{entry.name} of the base is {entry.dtype}", fix="use the 16-bit base")
     scheme = choose_scheme(name, (entry.shape[1] for entry in entries))
-    return Quantisation(scheme, frozenset(coded), tuple(ignore))
+    return Quantisation(scheme, frozenset(coded), tuple(kept), tuple(towers))
 
 
 def _is_multimodal(name: str, config: Mapping[str, Any]) -> bool:
@@ -122,10 +129,10 @@ def _is_multimodal(name: str, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _beside(module: str) -> str:
-    """How a linear layer that stays is listed: by its name, in a tower by that of the whole tower."""
+def _tower(module: str) -> str:
+    """The tower or projector that a module of a multimodal class lies in; "" in its language model."""
     tower, _, inside = module.removeprefix("model.").partition(".")
-    return _UNDER.format(tower) if inside and not module.startswith(_LANGUAGE) else module
+    return tower if inside and not module.startswith(_LANGUAGE) else ""
 
 
 def _check_mixture(name: str, kind: str, experts: list[TensorEntry]) -> None:

@@ -145,7 +145,7 @@ def _find_adapter(adapter: str | Path, name: str | None, format_: str, *, whole:
     if source.kind is not SourceKind.ADAPTER and not whole:
         raise AdapterError(
             f"{adapter} is a whole model, not an adapter",
-            fix="give the adapter's folder; a whole model is quantised by w4a16 and the like, or becomes GGUF",
+            fix="give the adapter's folder; a whole model can be quantised (w4a16, ...) or become GGUF",
         )
     nested = {SUBFOLDER: True} if chosen != folder else {}
     return replace(source, name=str(adapter), config={**source.config, **nested})

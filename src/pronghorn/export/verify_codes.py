@@ -116,7 +116,7 @@ def codes_complete(folder: Folder) -> Finding:
 
 
 def _tower_faults(folder: Folder, config: Mapping[str, Any], bits: int) -> Iterable[Fault]:
-    """Linear layers in 16 bit that an engine takes for quantised: ``ignore`` does not match its name for them.
+    """Linear layers in 16 bit that an engine takes for quantised: ``ignore`` lacks its name for them.
 
     vLLM calls a tower as files on the hub do, and exchanges the prefix of plain names, not of patterns.
     transformers 5 has one level less in SigLIP towers.

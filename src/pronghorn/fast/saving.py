@@ -155,7 +155,7 @@ def _export(
     if not hasattr(self, "peft_config"):
         raise AdapterError(
             "the model has no adapter, so there is nothing to merge",
-            fix="call get_peft_model first; a whole folder is quantised by pronghorn.export(FOLDER, DIR, format=...)",
+            fix="call get_peft_model first, or quantise the folder: pronghorn.export(BASE, DIR, format=...)",
         )
     origin = origin_of(self)
     if origin is None:
