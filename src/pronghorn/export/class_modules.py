@@ -34,16 +34,16 @@ def class_model(base: Path, *, text_only: bool = False) -> Any:
         NotSupportedError: this transformers has no class of that name.
     """
     named = str((read_json(base / BASE_CONFIG).get("architectures") or [""])[0])
-    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-    if text_only:
-        config = config.get_text_config()
-        named = TEXT_CLASSES[config.model_type]
     found: Any = getattr(transformers, named, None)
     if found is None:
         raise NotSupportedError(
             f"transformers {transformers.__version__} has no class {named!r}, which {base} names",
             fix="install the transformers that the model asks for, or use --format merged_16bit",
         )
+    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+    if text_only:
+        config = config.get_text_config()
+        found = getattr(transformers, TEXT_CLASSES[config.model_type])
     with torch.device("meta"):
         return found(config)
 

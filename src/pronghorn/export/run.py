@@ -67,9 +67,8 @@ def export(
             same quantised for vLLM and transformers (compressed-tensors); "merged_4bit", the same in
             bitsandbytes' NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read
             alike; "lora", the adapter as it is and its tokenizer; "gguf-q8_0" and so on, files for llama.cpp
-            and Ollama. A MergeFormat also says onto which values of a
-            4-bit base, on which rows to calibrate, and whether of a multimodal base only the language model
-            is written.
+            and Ollama. A MergeFormat also says onto which values of a 4-bit base, on which rows to calibrate,
+            and whether of a multimodal base only the language model is written.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.

@@ -234,7 +234,7 @@ def verify(
     _require_content(path)
     source = _source_folder(_existing(against, "adapter folder")) if against is not None else None
     if rows is not None and source is not None and _is_whole(source):
-        raise ConfigError(f"{against} is a whole model: nothing was trained on rows", fix="leave out rows")
+        raise ConfigError(f"{against} is a whole model: nothing was trained on rows", fix="leave out --rows")
     base_path = _base_folder(base, source, path)
     if deep:
         options = ["--onto", onto]
@@ -335,9 +335,11 @@ def _source_folder(path: Path) -> Path:
 
     PEFT puts named adapters one level down.
     """
-    if (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return path
     inner = sorted(config.parent for config in path.glob(f"*/{ADAPTER_CONFIG}"))
+    if not inner and (path / "config.json").is_file():
+        return path
     if len(inner) != 1:
         names = ", ".join(folder.name for folder in inner) or "no adapter"
         raise SourceError(
