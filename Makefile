@@ -55,7 +55,7 @@ verdicts: $(VENV)/.ready $(VLLM)/.ready $(LLAMA)/.ready $(OLDEST)/.ready ## prov
 
 test-matrix: $(OLDEST)/.ready $(MIDDLE)/.ready $(VENV)/.ready ## patching, training and saving on the oldest, a middle and the newest libraries
 	@failed=0; for stack in $(OLDEST) $(MIDDLE) $(VENV); do \
-		echo "== $$stack"; $$stack/bin/python -m pytest $(MATRIX) || failed=1; \
+		echo "== $$stack"; $$stack/bin/python -m pytest -n 2 --dist loadfile $(MATRIX) || failed=1; \
 	done; exit $$failed
 
 check: $(VENV)/.ready ## format, lint, types, and the guards of the code base
@@ -94,7 +94,7 @@ $(MIDDLE)/.ready: TORCH = $(MIDDLE_TORCH)
 $(OLDEST)/.ready $(MIDDLE)/.ready: .venv-%/.ready: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt $(TORCH)
-	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt hatchling editables pytest
+	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt hatchling editables pytest pytest-xdist
 	.venv-$*/bin/python $(PIP) --constraint constraints-$*.txt --no-build-isolation --editable ".[qlora]"
 	touch $@
 

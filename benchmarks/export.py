@@ -34,7 +34,8 @@ from benchmarks.merge import COMMON, COPY, PEFT, RANK, RESULTS, hardware, listed
 
 TOKENIZER = Path(__file__).parents[1] / "demo" / "base"
 # what docs/serving.md states, in MiB; llama.cpp's quantiser has 32,000 x 2,048 numbers in float32, 250 MiB
-STATED = {"lora": 64, "adapter": 64, "merged_16bit": 128, "w4a16": 128, "w8a8": 128, "fp8": 128,
+STATED = {"lora": 64, "adapter": 64,
+          **dict.fromkeys(("merged_16bit", "merged_4bit", "w4a16", "w8a8", "fp8", "nvfp4"), 128),
           "gguf-bf16": 256, "gguf-f16": 256, "gguf-q8_0": 256, "gguf-q4_k_m": 512}  # fmt: skip
 COPIED = "copy + sync"
 
@@ -112,7 +113,8 @@ def ways(options: argparse.Namespace) -> list[Way]:
     """What can be measured here, our formats beside their peers."""
     found = [peer(COPIED, COPY), ours("lora"), ours("adapter"), ours("merged_16bit")]
     found.append(peer("PEFT load + merge + save", PEFT))
-    schemes = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
+    found.append(ours("merged_4bit"))
+    schemes = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4A16"}
     for name, scheme in schemes.items():
         found.append(ours(name))
         if python := options.compressor_python:

@@ -18,6 +18,9 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 STACKS = ("constraints-oldest.txt", "constraints-middle.txt", "constraints.txt")
 
+# what torch's builds for CUDA require; with a pin of another version nothing can be installed beside them
+TRITON = {"2.8.0": "3.4.0", "2.13.0": "3.7.1"}
+
 
 def pinned(name: str) -> list[str]:
     """The versions of a library in the stacks, from the oldest to the newest."""
@@ -35,6 +38,12 @@ def test_the_range_goes_from_the_oldest_stack_to_the_newest(name: str) -> None:
     assert numbers(versions[0])[: len(numbers(low))] == numbers(low)
     major, minor = numbers(versions[-1])[:2]
     assert numbers(high) == (major, minor + 1)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_triton_is_pinned_to_what_torch_requires_on_a_gpu(stack: str) -> None:
+    pins = dict(re.findall(r"^(torch|triton)==([^;\s]+)", (ROOT / stack).read_text(), re.MULTILINE))
+    assert pins.get("triton") in (None, TRITON[pins["torch"]])
 
 
 def test_what_is_outside_is_named() -> None:

@@ -68,6 +68,19 @@ def test_a_16_bit_weight_as_it_would_be_trained(tmp_path: Path) -> None:
     assert torch.equal(in_float32.rows(2, 9), decode(nf4.encode(values.float()))[2:9])
 
 
+def test_a_16_bit_weight_as_it_would_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = open_weights(tiny.write_base(tmp_path / "base", dtype=torch.bfloat16))
+    shard, entry = weights.tensors[NAME]
+    whole = nf4.stored_tensors(nf4.encode(load_file(shard.path)[NAME]), NAME)
+    blank = nf4.blank_tensors(NAME, entry.shape)
+    monkeypatch.setattr(nf4, "TILE_ELEMENTS", 512)
+    *codes, absmax, code, nested, nested_code, state = EncodedNF4(shard, entry, torch.bfloat16).pieces()
+    assert {one.numel() for one in codes[:-1]} == {256}
+    pieces = (torch.cat(codes).view(-1, 1), absmax, code, nested, nested_code, state)
+    for name, piece in zip(blank, pieces, strict=True):
+        assert torch.equal(piece, whole[name])
+
+
 def test_recognised_by_content_and_nested(folder: Path, tmp_path: Path) -> None:
     assert quantization_of({"text_config": {"quantization_config": {"a": 1}}}) == {"a": 1}
     assert quantization_of({"quantization_config": None, "text_config": {}}) is None

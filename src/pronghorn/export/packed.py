@@ -1,8 +1,9 @@
-"""Write a merged 16-bit folder again in NF4, as bitsandbytes stores it, one tensor at a time."""
+"""Write a merged 16-bit folder again in NF4, as bitsandbytes stores it, some rows at a time."""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,10 +17,12 @@ from pronghorn.export.class_modules import class_model
 from pronghorn.export.files import copy_into, small_files
 from pronghorn.quant import nf4
 from pronghorn.quant.choose import Choice, choose
+from pronghorn.quant.stored import EncodedNF4
 from pronghorn.sources.resolve import read_json
 from pronghorn.weights.folder import WeightFolder, open_weights
-from pronghorn.weights.reader import TORCH_DTYPES, read_tensor
+from pronghorn.weights.reader import TORCH_DTYPES
 from pronghorn.weights.shards import LENGTH_BYTES, Shard
+from pronghorn.weights.writer import copy_bytes
 
 NOTE = (
     "written in NF4: rounding the merged weights to 4 bits costs more than the adapter may have gained; "
@@ -91,7 +94,7 @@ def _settings(choice: Choice, weights: WeightFolder) -> Mapping[str, Any]:
 
 
 def _write(shard: Shard, chosen: Collection[str], folder: Path) -> list[str]:
-    """One file: the header is written last, into the room its fixed size leaves. Returns the tensor names."""
+    """One file: its header is known before a weight is encoded. Returns the tensor names."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     blank: dict[str, Mapping[str, Any]]
@@ -104,12 +107,15 @@ def _write(shard: Shard, chosen: Collection[str], folder: Path) -> list[str]:
             at += one.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
-    with (folder / shard.path.name).open("xb") as file:
+    with (folder / shard.path.name).open("xb") as file, shard.path.open("rb") as merged:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, entry in shard.tensors.items():
-            tensor = read_tensor(shard, entry)
-            pieces = nf4.stored_tensors(nf4.encode(tensor), name) if name in chosen else {name: tensor}
-            assert list(pieces) == list(blank[name])
-            for piece in pieces.values():
-                file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if name not in chosen:
+                file.flush()
+                copy_bytes(merged.fileno(), file.fileno(), entry.start, entry.nbytes, file.tell())
+                file.seek(entry.nbytes, os.SEEK_CUR)
+                continue
+            for piece in EncodedNF4(shard, entry, TORCH_DTYPES[entry.dtype]).pieces():
+                file.write(piece.view(torch.uint8).numpy().data)
+        assert file.tell() == LENGTH_BYTES + len(text) + at
     return [name for tensors in blank.values() for name in tensors]

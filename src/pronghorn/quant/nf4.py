@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
 
@@ -50,14 +50,20 @@ def encode(weight: torch.Tensor) -> Packed:
 
 def stored_tensors(packed: Packed, name: str) -> dict[str, torch.Tensor]:
     """The tensors that bitsandbytes stores for a weight called ``name``."""
-    device, scales = packed.data.device, packed.scales
+    return {name: packed.data, **companions(packed.scales, packed.shape, packed.dtype, name)}
+
+
+def companions(
+    scales: Scales, shape: tuple[int, ...], dtype: torch.dtype, name: str
+) -> dict[str, torch.Tensor]:
+    """The tensors beside the codes of a weight called ``name``, which decodes to ``shape`` and ``dtype``."""
     state: dict[str, object] = {
         "quant_type": "nf4",
         "blocksize": scales.block,
-        "dtype": str(packed.dtype).removeprefix("torch."),
-        "shape": list(packed.shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
     }
-    found = {name: packed.data, name + ABSMAX: scales.codes, name + CODE: levels(device).clone()}
+    found = {name + ABSMAX: scales.codes, name + CODE: levels(scales.codes.device).clone()}
     if scales.nested is not None:
         found |= {name + NESTED_ABSMAX: scales.nested, name + NESTED_CODE: scales.nested_table().clone()}
         state |= {
@@ -77,13 +83,16 @@ def scales_of(span: Span, elements: int) -> Scales:
     return _encode_scales(torch.cat(found))
 
 
+def codes_of(span: Span, elements: int) -> Iterator[torch.Tensor]:
+    """The codes that ``encode`` would give a weight that is read in spans, one after the other: uint8."""
+    for first in range(0, elements, TILE_ELEMENTS):
+        yield _codes(span(first, min(elements, first + TILE_ELEMENTS)))
+
+
 def requantised(span: Span, elements: int, scales: Scales, begin: int, end: int) -> torch.Tensor:
     """Elements ``begin`` to ``end`` of a flattened weight after encoding and decoding: float32."""
     first, last = begin // BLOCK * BLOCK, min(elements, -(-end // BLOCK) * BLOCK)
-    flat = span(first, last)
-    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
-    _pack(flat, _magnitudes(flat), codes)
-    return decode_span(codes, scales, begin, end)
+    return decode_span(_codes(span(first, last)), scales, begin, end)
 
 
 def blank_tensors(name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -141,6 +150,12 @@ def _magnitudes(flat: torch.Tensor) -> torch.Tensor:
     whole = flat[: flat.numel() - rest].view(-1, BLOCK)
     found = whole.abs().amax(dim=1).float()
     return torch.cat([found, flat[-rest:].abs().max().float().view(1)]) if rest else found
+
+
+def _codes(flat: torch.Tensor) -> torch.Tensor:
+    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    _pack(flat, _magnitudes(flat), codes)
+    return codes
 
 
 def _pack(flat: torch.Tensor, magnitudes: torch.Tensor, out: torch.Tensor) -> None:

@@ -98,11 +98,20 @@ class EncodedNF4:
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Rows ``first`` to ``last`` as trained on, in the model's dtype."""
         width, elements = self.entry.shape[-1], prod(self.entry.shape)
+        values = nf4.requantised(self._span, elements, self.scales(), first * width, last * width)
+        return values.view(last - first, width).to(self.dtype)
+
+    def scales(self) -> Scales:
+        """The block magnitudes, worked out once; safe for threads."""
         with self._lock:
             if not self._scales:
-                self._scales.append(nf4.scales_of(self._span, elements))
-        values = nf4.requantised(self._span, elements, self._scales[0], first * width, last * width)
-        return values.view(last - first, width).to(self.dtype)
+                self._scales.append(nf4.scales_of(self._span, prod(self.entry.shape)))
+            return self._scales[0]
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Its tensors as bitsandbytes stores them, in the order of ``nf4.blank_tensors``; codes in pieces."""
+        yield from nf4.codes_of(self._span, prod(self.entry.shape))
+        yield from nf4.companions(self.scales(), self.entry.shape, self.dtype, self.entry.name).values()
 
     def _span(self, first: int, last: int) -> torch.Tensor:
         flat = replace(self.entry, shape=(prod(self.entry.shape),))
