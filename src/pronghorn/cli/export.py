@@ -114,7 +114,7 @@ def _print(report: ExportReport, title: str, onto: str) -> None:
             "verified", ("promise", "kept", "detail"), ((row.name, True, row.detail) for row in report.checks)
         )
     if report.quality:
-        before = "base" if report.adapter == report.base else "base + adapter"
+        before = "base" if report.whole else "base + adapter"
         print_table("what quantising cost", ("measure", before, report.format), report.quality)
     if report.onto is not None:
         _print_drift(report, onto)
