@@ -97,7 +97,7 @@ _INDEX = "pronghorn verify DIR --fix OUT writes the index anew"
 _BOTH = "pronghorn verify DIR --fix OUT writes the settings for both generations"
 _END = "pronghorn verify DIR --fix OUT names the turn's end in generation_config.json"
 _SAY = "say which with --base"
-_IGNORE = r"list the tower as 're:.*vision_tower\..*' (visual, multi_modal_projector) in ignore"
+_IGNORE = "list it in quantization_config's ignore as 're:.*vision_tower.*' (visual, multi_modal_projector)"
 _ON_GPU = "serve it where there is one; elsewhere w4a16 of a dense model, or merged_16bit"
 
 _FINE = (RIGHT, RIGHT, RIGHT, RIGHT)
