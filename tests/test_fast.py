@@ -166,9 +166,7 @@ def test_save_merged_keywords(
         model.save_pretrained_merged(tmp_path / "merged", **arguments)
 
 
-@pytest.mark.parametrize(
-    "name", ["push_to_hub_gguf", "save_pretrained_torchao", "fast_generate", "load_lora"]
-)
+@pytest.mark.parametrize("name", ["push_to_hub_gguf", "save_pretrained_torchao", "fast_generate_batches"])
 def test_methods_that_do_not_exist_yet(base: Path, name: str) -> None:
     model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained(base)[0])
     with pytest.raises(NotSupportedError, match=f"{name} is not available"):
@@ -226,9 +224,7 @@ def test_a_base_changed_in_memory_is_not_silently_dropped(base: Path, tmp_path: 
         ({"rope_scaling": {"type": "linear"}}, NotSupportedError, "rope_scaling"),
         ({"text_only": False}, NotSupportedError, "text_only=False"),
         ({"load_in_16bit": True, "dtype": torch.float32}, ConfigError, "contradicts"),
-        ({"fast_inference": True}, NotSupportedError, "vLLM"),
-        ({"gpu_memory_utilization": 0.6}, NotSupportedError, "belongs to fast_inference"),
-        ({"max_lora_rank": 64}, NotSupportedError, "belongs to fast_inference"),
+        ({"disable_log_stats": False}, NotSupportedError, "vLLM's statistics have no place"),
         ({"fix_tokenizer": True}, NotSupportedError, "never repaired"),
         ({"use_exact_model_name": False}, NotSupportedError, "never exchanged"),
         ({"resize_model_vocab": 600}, NotSupportedError, "not resized"),

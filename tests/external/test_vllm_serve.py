@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -66,9 +67,14 @@ def test_a_portable_adapter_is_served_with_one_command(tmp_path: Path) -> None:
         assert ready, (tmp_path / "log").read_text()[-4000:]
         answers = [complete(port, "helper", prompt) for prompt in PROMPTS]
         plain = [complete(port, str(base), prompt) for prompt in PROMPTS]
+        both = [(port, model, prompt) for prompt in PROMPTS for model in ("helper", str(base))]
+        with ThreadPoolExecutor(len(both)) as pool:
+            at_once = list(pool.map(lambda one: complete(*one), both))
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
     expected = [[f"token_id:{token}" for token in answer] for answer in memorised.greedy(trained)]
     assert answers == expected
     assert plain != expected
+    pairs = [one for pair in zip(expected, plain, strict=True) for one in pair]
+    assert at_once == pairs, "requests of the base and of the adapter in one batch keep apart"

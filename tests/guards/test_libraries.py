@@ -71,7 +71,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "jinja2": ("data.opaque", "export.gguf_ollama", "export.verify_render"),
     "bitsandbytes": ("quant.library",),
     "triton": ("ops.triton.",),
-    "vllm": ("export.verify_in_vllm",),
+    "vllm": ("export.verify_in_vllm", "serving.generate_in_vllm"),
 }
 # with torch's builds for GPUs, and only there; vLLM in an environment of its own
 COMES_ALONG = frozenset({"triton", "vllm"})

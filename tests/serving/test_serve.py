@@ -39,7 +39,8 @@ def test_the_command_of_an_adapter(made: tuple[Path, Path]) -> None:
     line = plan.line()
     assert f"vllm serve {base}" in line
     assert f"--lora-modules helper={adapter}" in line
-    for part in ("--enable-lora", "--max-lora-rank 16", f"--tokenizer {adapter}", "--max-model-len 256"):
+    parts = ("--enable-lora", "--max-lora-rank 16", "--max-loras 2", "--max-model-len 256")
+    for part in (*parts, f"--tokenizer {adapter}"):
         assert part in line
     assert plan.arguments["max_num_batched_tokens"] <= vllm.MOST_BATCHED_TOKENS
     assert "LLM(model=" in plan.python()

@@ -16,6 +16,7 @@ from pronghorn.adapters.options import ALL_LINEAR, DEFAULT_TARGETS, LoraOptions
 from pronghorn.adapters.origin import origin_of
 from pronghorn.adapters.targets import resolve_targets
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
+from pronghorn.fast.generating import bind_generating, check_rank, engine_options, keep_engine
 from pronghorn.fast.keywords import Refused, refuse
 from pronghorn.fast.saving import bind_saving
 from pronghorn.loading.load import load
@@ -26,7 +27,6 @@ from pronghorn.patching.accelerate import accelerate as accelerate_model
 
 DEFAULT_SEED = 3407
 Recompute = bool | Literal["unsloth", "auto"]
-_NO_VLLM = "belongs to fast_inference, which is not available: serve the merged folder with vLLM instead"
 _LOAD_REFUSED: Mapping[str, Refused] = MappingProxyType(
     {
         "fix_tokenizer": Refused((None, False), "tokenizers are used as they are, never repaired"),
@@ -35,12 +35,8 @@ _LOAD_REFUSED: Mapping[str, Refused] = MappingProxyType(
         "use_exact_model_name": Refused((None, True), "names are never exchanged for others here"),
         "offload_embedding": Refused((None, False), "embeddings are not offloaded"),
         "float32_mixed_precision": Refused((None,), "adapters always train in float32"),
-        "fast_inference": Refused((None, False), "no vLLM engine is started inside training",
-                                   "serve the merged folder with vLLM"),
-        "gpu_memory_utilization": Refused((None,), _NO_VLLM),
-        "float8_kv_cache": Refused((None, False), _NO_VLLM),
-        "max_lora_rank": Refused((None,), _NO_VLLM),
-        "disable_log_stats": Refused((None, True), _NO_VLLM),
+        "disable_log_stats": Refused((None, True), "vLLM's statistics have no place to go to here",
+                                      "run `pronghorn serve`, which answers /metrics"),
         "qat_scheme": Refused((None,), "quantisation-aware training is not available"),
         "load_in_fp8": Refused((None, False), "loading in FP8 is not available", "load in 16-bit"),
         "num_labels": Refused((None,), "classification heads are not available"),
@@ -80,6 +76,11 @@ class FastLanguageModel:
         base: str | Path | None = None,
         unsloth_tiled_mlp: bool = False,
         accelerate: bool = True,
+        fast_inference: bool = False,
+        vllm_python: str | Path | None = None,
+        max_lora_rank: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        float8_kv_cache: bool = False,
         **other: Any,
     ) -> tuple[Any, Any]:
         """Load a base, or an adapter with its base, from a folder or the hub; returns ``(model, tokenizer)``.
@@ -103,6 +104,10 @@ class FastLanguageModel:
             base: for an adapter, where its base is now.
             unsloth_tiled_mlp: MLPs and experts in tiles of as many tokens as the model is wide.
             accelerate: for an adapter, replace the parts proven equal (``pronghorn.accelerate``).
+            fast_inference: vLLM, which starts at the first question, answers ``model.fast_generate``.
+            vllm_python: the interpreter that has vLLM, where it is not this one.
+            max_lora_rank, gpu_memory_utilization, float8_kv_cache: vLLM's largest rank (None: 64), share of
+                the GPU's memory (without one, of the host's; None: what is free), cache in FP8.
             **other: other names of this kind are refused with the reason.
 
         Raises:
@@ -111,24 +116,16 @@ class FastLanguageModel:
         """
         refuse("from_pretrained", other, _LOAD_REFUSED, FastLanguageModel.from_pretrained)
         quantization = _precision(load_in_4bit, load_in_8bit, load_in_16bit, dtype)
-        if full_finetuning:
-            raise NotSupportedError("full_finetuning=True: only adapters are trained", fix="leave it out")
-        if rope_scaling is not None:
-            raise NotSupportedError("rope_scaling cannot be changed at load", fix="set it in config.json")
-        if not text_only:
-            raise NotSupportedError("text_only=False: images are not trained on", fix="leave it out")
-        options = LoadOptions(
-            max_seq_length=max_seq_length,
-            dtype=dtype,
-            device_map=device_map,
-            quantization=quantization,
-            revision=revision,
-            token=token,
-            trust_remote_code=trust_remote_code,
-            recompute=bool(_checked_recompute(use_gradient_checkpointing)),
-            seed=random_state,
-            base=base,
+        _refuse_unavailable(full_finetuning, rope_scaling, text_only)
+        recomputed = bool(_checked_recompute(use_gradient_checkpointing))
+        engine = engine_options(
+            fast_inference, vllm_python, max_lora_rank, gpu_memory_utilization, float8_kv_cache
         )
+        options = LoadOptions(
+            max_seq_length=max_seq_length, dtype=dtype, device_map=device_map, quantization=quantization,
+            revision=revision, token=token, trust_remote_code=trust_remote_code, recompute=recomputed,
+            seed=random_state, base=base,
+        )  # fmt: skip
         model, tokenizer = load(model_name, options)
         origin = origin_of(model)
         assert origin is not None, "load() keeps the origin on the model"
@@ -136,6 +133,7 @@ class FastLanguageModel:
         origin.mlp_tile_tokens = _tile_tokens(model) if unsloth_tiled_mlp else None
         if hasattr(model, "peft_config"):
             _prepare(model, use_gradient_checkpointing, accelerate)
+        keep_engine(model, engine)
         _bind(model)
         return model, tokenizer
 
@@ -214,6 +212,7 @@ class FastLanguageModel:
         if wanted is None:
             wanted = origin.recompute if origin else recompute.is_on(model)
         _checked_recompute(wanted)
+        check_rank(model, r)
         wrapped = attach_lora(model, options)
         _prepare(wrapped, wanted, accelerate)
         _bind(wrapped)
@@ -241,6 +240,15 @@ class FastLanguageModel:
         model.config.use_cache = True
         _switch_recompute(model, False)
         return model
+
+
+def _refuse_unavailable(full_finetuning: bool, rope_scaling: Any, text_only: bool) -> None:
+    if full_finetuning:
+        raise NotSupportedError("full_finetuning=True: only adapters are trained", fix="leave it out")
+    if rope_scaling is not None:
+        raise NotSupportedError("rope_scaling cannot be changed at load", fix="set it in config.json")
+    if not text_only:
+        raise NotSupportedError("text_only=False: images are not trained on", fix="leave it out")
 
 
 def _precision(four: bool, eight: bool, sixteen: bool | None, dtype: Any) -> str | None:
@@ -310,3 +318,4 @@ def _bind(model: Any) -> None:
     model.for_training = types.MethodType(FastLanguageModel.for_training, model)
     model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
     bind_saving(model)
+    bind_generating(model)

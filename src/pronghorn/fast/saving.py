@@ -69,8 +69,7 @@ _REFUSED_METHODS: Mapping[str, str] = MappingProxyType(
     {
         "push_to_hub_gguf": "save_pretrained_gguf(DIR), then `pronghorn push DIR REPO`",
         "save_pretrained_torchao": "save_pretrained_merged(DIR), then torchao on that folder",
-        "fast_generate": "generate(...) here; for vLLM save_lora(DIR), then `pronghorn serve DIR`",
-        "load_lora": "pronghorn.load(DIR); for vLLM `pronghorn serve DIR`",
+        "fast_generate_batches": "fast_generate with all prompts in one list: vLLM makes the batches",
     }
 )
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from pronghorn.export.verify import VerifyReport, verify
 from pronghorn.export.verify_engines import LOGITS, MEANING, REFUSED
 from pronghorn.export.verify_model import available_bytes
 from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, read_json, resolve, resolve_base
-from pronghorn.sources.source import SourceKind
+from pronghorn.sources.source import Source, SourceKind
 
 # vLLM's LoRA kernels index tokens by a grid of at most 65,535 blocks; 65,528 is the last multiple of 8
 MOST_BATCHED_TOKENS = 65_528
@@ -42,7 +43,14 @@ _GIB = 2**30
 _RESERVED_BYTES = 2 * _GIB
 _LARGEST_SHARE, _CPU_CACHE_GIB = 0.92, 4
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_INSTALL = "install vLLM in an environment of its own and name its interpreter: --vllm-python PATH"
+_INSTALL = (
+    "install vLLM in an environment of its own and name its interpreter: --vllm-python PATH, in a notebook "
+    "from_pretrained(..., vllm_python=PATH)"
+)
+# what the user's own environment may still change: no chatter, and nothing about the use is sent anywhere
+ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,51 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
         _check_model(path)
         arguments, environment = _resources(path.resolve())
         return ServePlan(path.resolve(), name or path.resolve().name, None, arguments, environment)
-    source = resolve(path)
+    adapter = servable_adapter(path, base=base)
+    arguments, environment = _with_adapters(adapter.base, adapter.rank)
+    if (adapter.path / "tokenizer_config.json").is_file():
+        arguments["tokenizer"] = str(adapter.path)  # vLLM does not look for one beside an adapter
+    if not torch.cuda.is_available():
+        # vLLM's CPU kernels apply the last slot to requests of the base beside an adapter's: it stays empty
+        arguments["max_loras"] = 2
+    return ServePlan(adapter.base.path, name or adapter.path.name, adapter.path, arguments, environment)
+
+
+def plan_engine(
+    base: Path, *, max_lora_rank: int, longest: int | None = None, memory_share: float | None = None
+) -> ServePlan:
+    """As ``plan_serving``, for a base whose adapters come later.
+
+    Args:
+        base: The base's folder.
+        max_lora_rank: The largest rank they may have.
+        longest: Tokens of the longest context; None is the model's own.
+        memory_share: Of the accelerator's memory, or of the host's where there is none; None is what is free.
+
+    Raises:
+        NotSupportedError, SourceError, VerificationError: as ``plan_serving``.
+    """
+    arguments, environment = _with_adapters(resolve(base), max_lora_rank, memory_share)
+    arguments["max_model_len"] = min(arguments["max_model_len"], longest or arguments["max_model_len"])
+    return ServePlan(base, base.name, None, arguments, environment)
+
+
+@dataclass(frozen=True)
+class ServableAdapter:
+    """An adapter that vLLM applies rightly to ``base``; ``rank`` is its largest."""
+
+    path: Path
+    base: Source
+    rank: int
+
+
+def servable_adapter(folder: str | Path, *, base: str | Path | None = None) -> ServableAdapter:
+    """Check an adapter for vLLM.
+
+    Raises:
+        NotSupportedError, AdapterError, SourceError: as ``plan_serving``.
+    """
+    source = resolve(Path(folder).expanduser())
     if source.kind is not SourceKind.ADAPTER:
         raise AdapterError(f"{folder} is not an adapter", fix="give the adapter's folder")
     found = resolve_base(source, base=base)
@@ -112,17 +164,19 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
             f"{found.path} {wrong[0].module}; vLLM would ignore the adapter and answer as the base",
             fix=f"pronghorn export {folder} DIR --format adapter --base {found.path}",
         )
-    _check_engine(found.path, verify(found.path))
-    _check_adapters(found.path, found.config)
-    arguments, environment = _resources(found.path)
-    rank = max(pair.rank for pair in adapter.pairs)
-    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
-    if (source.path / "tokenizer_config.json").is_file():
-        lora["tokenizer"] = str(source.path.resolve())  # vLLM does not look for one beside an adapter
+    return ServableAdapter(source.path.resolve(), found, max(pair.rank for pair in adapter.pairs))
+
+
+def _with_adapters(
+    base: Source, rank: int, memory_share: float | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arguments and environment of an engine for ``base`` and adapters of up to ``rank``."""
+    _check_engine(base.path, verify(base.path))
+    _check_adapters(base.path, base.config)
+    arguments, environment = _resources(base.path, memory_share)
     most = min(arguments["max_num_batched_tokens"], MOST_BATCHED_TOKENS)
-    arguments = {**arguments, "max_num_batched_tokens": most, **lora}
-    place = source.path.resolve()
-    return ServePlan(found.path, name or place.name, place, arguments, environment)
+    lora = {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
+    return {**arguments, "max_num_batched_tokens": most, **lora}, environment
 
 
 def _check_model(path: Path) -> None:
@@ -151,7 +205,7 @@ def _check_adapters(base: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _resources(model: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _resources(model: Path, memory_share: float | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """Context, tokens per step and memory for a model on this machine."""
     config = read_json(model / BASE_CONFIG)
     text = config.get("text_config") or config
@@ -159,10 +213,12 @@ def _resources(model: Path) -> tuple[dict[str, Any], dict[str, str]]:
     per_token = _cache_bytes(text)
     arguments: dict[str, Any] = {}
     environment: dict[str, str] = {}
+    share, total = memory_share, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        share = min(_LARGEST_SHARE, max(0.1, (free - _GIB) / total))
-        arguments["gpu_memory_utilization"] = int(share * 100) / 100
+        share = share or int(100 * min(_LARGEST_SHARE, max(0.1, (free - _GIB) / total))) / 100
+    if share:  # vLLM's CPU build takes it of the host's memory
+        arguments["gpu_memory_utilization"] = share
         cache = int(share * total) - weights - _RESERVED_BYTES
     else:
         room = (available_bytes() - 2 * weights) // 2 // _GIB
@@ -245,7 +301,7 @@ def serve(
     Raises:
         PronghornError: vLLM ended, or did not answer in ``ready_seconds``, before it was ready.
     """
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", **plan.environment, **os.environ}
+    environment = {**ENVIRONMENT, **plan.environment, **os.environ}
     started = time.monotonic()
     command = [str(engine.python), "-m", *engine.start(plan), "--host", host, "--port", str(port)]
     process = subprocess.Popen(command, env=environment)
