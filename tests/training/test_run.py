@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -285,6 +286,19 @@ def test_calls_that_ran_the_original_are_in_the_manifest(make_config: MakeConfig
     why = "the weights are torch.float32, the computation is in torch.bfloat16"
     assert found["kinds"]["mlp"] == {"found": 2, "replaced": 2, "left": {}}
     assert found["fallbacks"]["mlp"] == {why: 2 * passes}
+
+
+def test_the_precision_is_that_of_the_run_whatever_the_environment_says(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    brief = {"max_steps": 2}
+    exact = train(make_config("exact", training=brief)).losses
+    train(make_config("rounded", training={**brief, "precision": "bf16"}))
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ  # transformers 4 would leave it there
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train(make_config("again", training=brief)).losses == exact
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_fallbacks_of_several_legs_add_up(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,9 +131,29 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
         "router_aux_loss_coef": 0.0,  # a mean per forward pass: it would depend on how the batch is cut
     }
     optional = {"logging_dir", "router_aux_loss_coef"}
-    return SFTConfig(
-        **{name: value for name, value in options.items() if name in known or name not in optional}
-    )
+    with _mixed_precision(bf16):
+        return SFTConfig(
+            **{name: value for name, value in options.items() if name in known or name not in optional}
+        )
+
+
+@contextlib.contextmanager
+def _mixed_precision(bf16: bool) -> Iterator[None]:
+    """What the run says holds, whatever the environment says, and nothing of it stays there.
+
+    accelerate takes the precision from this variable where it is given none, and transformers 4 leaves that
+    of a run in it: the next run of the process, in float32, would be one in bfloat16.
+    """
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    os.environ[name] = "bf16" if bf16 else "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
@@ -153,7 +174,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self._resumed: Iterator[Any] | None = None
         self._rest: Iterator[Any] = iter(())
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        with _kept_as_loaded(model):
+        with _kept_as_loaded(model), _mixed_precision(arguments.bf16):
             super().__init__(
                 model=model,
                 args=arguments,
