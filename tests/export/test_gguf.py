@@ -336,7 +336,7 @@ def test_without_the_gguf_package(adapter: Path, tmp_path: Path, monkeypatch: py
 def test_what_has_no_effect_is_refused(bases: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="llama_python does nothing"):
         export(adapter, tmp_path / "out", format=MergeFormat("w4a16", llama_python=Path(sys.executable)))
-    with pytest.raises(ConfigError, match="is a whole model, which has no base"):
+    with pytest.raises(ConfigError, match=r"is a whole model: base \(--base\) does nothing"):
         export(bases["llama"], tmp_path / "out", format="gguf-f16", base=bases["qwen2"])
     with pytest.raises(NotSupportedError, match="is a whole model, not an adapter"):
         export(bases["llama"], tmp_path / "out", format="gguf-lora")

@@ -150,7 +150,7 @@ def test_adapters_of_any_name(made: tuple[Path, Path], tmp_path: Path) -> None:
     export(tmp_path / "a", tmp_path / "clerk", adapter_name="clerk", verify=False)
     export(tmp_path / "a", tmp_path / "poet2", adapter_name="poet", verify=False)
     assert digest(tmp_path / "poet") == digest(tmp_path / "poet2") != digest(tmp_path / "clerk")
-    with pytest.raises(AdapterError, match="is a base, not an adapter"):
+    with pytest.raises(AdapterError, match="is a whole model, not an adapter"):
         export(base, tmp_path / "x", verify=False)
 
 

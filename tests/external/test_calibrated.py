@@ -23,6 +23,7 @@ from pronghorn.export.verify_decode import load_decoded
 from pronghorn.export.verify_folder import Folder
 from scripts.first_run import commands
 from tests import tiny
+from tests.export.test_whole import same_weights
 from tests.external import memorised, vllm_engine
 from tests.external.memorised import PROMPTS
 from tests.external.test_vllm import prompt_logprobs
@@ -125,6 +126,15 @@ def test_the_folder_is_the_rounded_one_but_for_its_codes(made: Made) -> None:
     config = json.loads((made.calibrated / "config.json").read_text())
     assert config["quantization_config"]["config_groups"]["group_0"]["weights"].pop("actorder") == "static"
     assert config == json.loads((made.rounded / "config.json").read_text())
+
+
+def test_a_merged_folder_gets_the_same_codes(made: Made, tmp_path: Path) -> None:
+    pronghorn.export(made.adapter, tmp_path / "merged", verify=False)
+    wanted = MergeFormat("w4a16", calibrate=made.base.parent / "rows.jsonl", calibrate_python=PYTHON)
+    report = pronghorn.export(tmp_path / "merged", tmp_path / "out", format=wanted)
+    assert same_weights(tmp_path / "out", made.calibrated)
+    checks = {row.name: row.detail for row in report.checks}
+    assert "14 tensors hold calibrated codes" in checks["weights equal the base, rounded once"]
 
 
 def test_the_command_of_the_docs_runs(made: Made, tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 
 @torch.no_grad()
 def logits(folder: str, rows: list[list[int]]) -> list[list[list[float]]]:
     """Logits [tokens, vocabulary] of each row."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    (named,) = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures
+    kind = getattr(transformers, named)
+    model = kind.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
     found = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
     return [scores.tolist() for scores in found]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from pronghorn.adapters.record import AdapterRecord, write_record
-from pronghorn.serving.card import is_empty, is_ours
+from pronghorn.export.verify_folder import Row
+from pronghorn.serving.card import Result, is_empty, is_ours, model_card
 from pronghorn.serving.hub import template_lines
 from scripts.first_run import commands
 from tests import tiny
@@ -161,6 +162,13 @@ def test_cards_are_told_apart(run: Path) -> None:
     assert is_empty(empty, template_lines())
     assert not is_empty(f"{empty}\nTrained on my notes.", template_lines())
     assert not is_ours(empty)
+
+
+def test_a_whole_model_that_was_quantised_is_no_fine_tune(tmp_path: Path) -> None:
+    checks = (Row("quality against the base in float32", True, "KL 0.1"),)
+    card = model_card("you/small", Result(tmp_path, "w4a16", None, tmp_path / "base", checks))
+    assert "A complete model of base." in card and "adapter" not in card
+    assert "checked by computing with it beside the base, in a fresh process" in card
 
 
 def test_what_the_hub_refuses_is_explained(run: Path, hub: Hub, tmp_path: Path) -> None:

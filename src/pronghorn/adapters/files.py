@@ -138,6 +138,12 @@ def read_adapter(path: Path) -> AdapterFolder:
     return AdapterFolder(path, config, read_record(path), shard, pairs, saved, tokens)
 
 
+def no_adapter(folder: Path) -> AdapterFolder:
+    """An adapter that changes nothing: what is merged into a model that is whole."""
+    shard = Shard(folder, b"", MappingProxyType({}), 0, MappingProxyType({}))
+    return AdapterFolder(folder, {}, None, shard, (), {}, ())
+
+
 def _refuse_options(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise NotSupportedError(

@@ -19,7 +19,7 @@ def export(
         str,
         typer.Argument(
             metavar="ADAPTER",
-            help="The trained adapter, or its run: a folder or a hub id. For GGUF a whole model, too.",
+            help="The trained adapter, or its run: a folder or a hub id. To quantise, a whole model, too.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
@@ -114,7 +114,8 @@ def _print(report: ExportReport, title: str, onto: str) -> None:
             "verified", ("promise", "kept", "detail"), ((row.name, True, row.detail) for row in report.checks)
         )
     if report.quality:
-        print_table("what quantising cost", ("measure", "base + adapter", report.format), report.quality)
+        before = "base" if report.whole else "base + adapter"
+        print_table("what quantising cost", ("measure", before, report.format), report.quality)
     if report.onto is not None:
         _print_drift(report, onto)
     _print_llama_cpp(report) if report.format.startswith("gguf-") else _print_serving(report)

@@ -18,7 +18,10 @@ def verify(
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="The adapter it was merged from, or its run (with --deep: logits must be equal)."),
+        typer.Option(
+            help="The adapter it was merged from, or its run; the whole model where there was none (with "
+            "--deep: logits must be equal)."
+        ),
     ] = None,
     rows: Annotated[
         Path | None,

@@ -68,12 +68,14 @@ def solve(
 def main(folder: str, job: str, out: str) -> None:
     """Quantise one folder."""
     import torch
+    import transformers
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from transformers import AutoModelForCausalLM
 
     asked = json.loads(Path(job).read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind.from_pretrained(folder, dtype="auto", local_files_only=True)
     rows = [torch.tensor([ids]) for ids in asked["rows"]]
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
     order = asked["group"]["weights"].pop("actorder")

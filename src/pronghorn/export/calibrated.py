@@ -15,7 +15,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from pronghorn.adapters.files import read_adapter
 from pronghorn.adapters.tokenizer_files import CONFIG, TOKENIZER_FILES
 from pronghorn.data.options import DataOptions
 from pronghorn.data.prepare import prepare
@@ -25,9 +24,9 @@ from pronghorn.export.files import check_space, copy_into, small_files
 from pronghorn.export.job import Job, verified
 from pronghorn.export.layout import OutputShard, OutputTensor, write_header
 from pronghorn.export.merged import write_shards
-from pronghorn.export.onto import base_weights
 from pronghorn.export.quantized import Quantisation, parts_of, plan_quantisation
 from pronghorn.export.report import ExportReport
+from pronghorn.export.text_only import weights_of
 from pronghorn.sources.resolve import read_json
 from pronghorn.weights.folder import WeightFolder, open_weights
 from pronghorn.weights.shards import Shard, TensorEntry
@@ -66,8 +65,8 @@ def write_calibrated(work: CalibratedJob) -> ExportReport:
             f"calibrate does nothing for the format {work.format}",
             fix=f"leave it out, or use {' or '.join(CALIBRATED)}",
         )
-    base = base_weights(job.base, read_adapter(job.adapter.path).record, job.onto)
-    _plan(work.format, base.weights, dict(job.base.config), job.base.path)
+    weights = weights_of(job).weights
+    _plan(work.format, weights, dict(job.base.config), job.base.path, text_only=job.text_only)
     python = compressor(work.python)
     rows = _tokenised(work)
     goal = job.target
@@ -97,11 +96,15 @@ def write_calibrated(work: CalibratedJob) -> ExportReport:
     )
 
 
-def _plan(format_: str, weights: WeightFolder, config: dict[str, Any], folder: Path) -> Quantisation:
-    plan = plan_quantisation(format_, weights, config, folder)
-    if any(".experts." in name for name in plan.coded):
+def _plan(
+    format_: str, weights: WeightFolder, config: dict[str, Any], folder: Path, *, text_only: bool = False
+) -> Quantisation:
+    plan = plan_quantisation(format_, weights, config, folder, text_only=text_only)
+    mixture = any(".experts." in name for name in plan.coded)
+    if mixture or plan.towers:
+        kind = "a mixture of experts" if mixture else "a multimodal model"
         raise NotSupportedError(
-            "calibration of a mixture of experts is not proven", fix="leave out calibrate (--calibrate)"
+            f"calibration of {kind} is not proven", fix="leave out calibrate (--calibrate)"
         )
     return replace(plan, scheme=replace(plan.scheme, order="static"))
 

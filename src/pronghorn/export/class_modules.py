@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from pronghorn.errors import NotSupportedError
+from pronghorn.export.text_only import TEXT_CLASSES
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
 
 # where the layers of the language model lie: multimodal classes today, multimodal files before
@@ -26,22 +27,34 @@ class ClassModule:
     shape: tuple[int, ...]
 
 
-def class_modules(base: Path) -> Mapping[str, ClassModule]:
-    """Linear layers and embeddings of the class named in config.json, built on the meta device.
+def class_model(base: Path, *, text_only: bool = False) -> Any:
+    """The class named in config.json (``text_only``: that of its language model), built on the meta device.
 
     Raises:
         NotSupportedError: this transformers has no class of that name.
     """
-    named = read_json(base / BASE_CONFIG).get("architectures") or [""]
-    found: Any = getattr(transformers, str(named[0]), None)
+    named = str((read_json(base / BASE_CONFIG).get("architectures") or [""])[0])
+    found: Any = getattr(transformers, named, None)
     if found is None:
         raise NotSupportedError(
-            f"transformers {transformers.__version__} has no class {named[0]!r}, which {base} names",
+            f"transformers {transformers.__version__} has no class {named!r}, which {base} names",
             fix="install the transformers that the model asks for, or use --format merged_16bit",
         )
     config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+    if text_only:
+        config = config.get_text_config()
+        found = getattr(transformers, TEXT_CLASSES[config.model_type])
     with torch.device("meta"):
-        model = found(config)
+        return found(config)
+
+
+def class_modules(base: Path, *, text_only: bool = False) -> Mapping[str, ClassModule]:
+    """Linear layers and embeddings of the class named in config.json, or of its language model alone.
+
+    Raises:
+        NotSupportedError: this transformers has no class of that name.
+    """
+    model = class_model(base, text_only=text_only)
     return {
         name: ClassModule(_kind(module), tuple(module.weight.shape))
         for name, module in model.named_modules()

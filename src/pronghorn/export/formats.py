@@ -18,7 +18,9 @@ GGUF_KINDS = (
     "q6_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 _GGUF_SHOWN = ("gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q4_k_m", "gguf-lora")
-FORMATS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", *QUANTISED, "adapter", "lora")
+# what a whole model in 16 bit becomes, with or without an adapter merged into it first
+FROM_WHOLE = ("merged_4bit", "merged_4bit_forced", *QUANTISED)
+FORMATS = ("merged_16bit", *FROM_WHOLE, "adapter", "lora")
 
 _BITSANDBYTES = (
     "a bitsandbytes checkpoint, which is called merged_4bit here: vLLM reads it only with vllm-bnb-plugin",

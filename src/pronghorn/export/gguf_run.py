@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pronghorn.adapters.files import read_adapter
 from pronghorn.adapters.tokenizer_files import TOKENIZER
 from pronghorn.export.files import check_space
 from pronghorn.export.formats import GGUF_LORA
@@ -24,7 +23,7 @@ from pronghorn.export.job import Job, verified
 from pronghorn.export.onto import base_weights, without_quantization
 from pronghorn.export.report import ExportReport
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
-from pronghorn.sources.source import Source, SourceKind
+from pronghorn.sources.source import Source
 from pronghorn.weights.folder import WeightFolder, open_weights
 from pronghorn.weights.writer import StagedFolder
 
@@ -97,9 +96,9 @@ def _check_first(work: GgufJob) -> None:
     """Everything that can be refused before a byte is written."""
     job = work.job
     config = dict(job.base.config)
-    if job.adapter.kind is SourceKind.ADAPTER:
+    if not job.whole:
         without_quantization(config)  # the merge decodes what was quantised
-        weights = base_weights(job.base, read_adapter(job.adapter.path).record, job.onto).weights
+        weights = base_weights(job.base, job.read_adapter().record, job.onto).weights
         check_model(config, settings_of(job.base.path))
         tokens = plan_tokens(job.tokenizer if (job.tokenizer / TOKENIZER).is_file() else job.base.path)
         modelfile(file_name(work.kinds[0]), tokens)
@@ -115,7 +114,7 @@ def _needed_bytes(work: GgufJob, weights: WeightFolder) -> int:
     bits = sum(_BITS.get(kind, _QUANTISED_BITS) for kind in work.kinds)
     if set(work.kinds) - set(WRITTEN):
         bits += 32.0 if _sixteen_bit_kind(weights) == "f32" else 16.0
-    merged = 0 if work.job.adapter.kind is SourceKind.BASE else max(weights.nbytes, 2 * elements)
+    merged = 0 if work.job.whole else max(weights.nbytes, 2 * elements)
     return merged + int(elements * bits / 8) + _TOKENS_BYTES * len(work.kinds)
 
 
@@ -128,7 +127,7 @@ def _sixteen_bit_kind(weights: WeightFolder) -> str:
 def _sixteen_bit(work: GgufJob, scratch: Path) -> ExportReport:
     """The merged model in ``scratch``; a model that is complete already stays where it is."""
     job = work.job
-    if job.adapter.kind is SourceKind.ADAPTER:
+    if not job.whole:
         return work.merge(replace(job, target=scratch / "merged", overwrite=False, finished=None))
     return ExportReport(
         folder=job.base.path, format="", adapter=job.base.path, base=job.base.path,

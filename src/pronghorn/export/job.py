@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pronghorn.adapters.files import AdapterFolder, no_adapter, read_adapter
 from pronghorn.adapters.tokenizer_files import TOKENIZER_FILES
 from pronghorn.errors import VerificationError
 from pronghorn.export.merged import Progress
 from pronghorn.export.onto import Onto
 from pronghorn.export.verify import verify as check
 from pronghorn.export.verify_folder import Row
-from pronghorn.sources.source import Source
+from pronghorn.sources.source import Source, SourceKind
 
 # marks, in a Source's config, an adapter that lies in a subfolder of the folder that was named
 SUBFOLDER = "_pronghorn_subfolder"
@@ -32,7 +33,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Job:
-    """What ``export`` was asked for, resolved."""
+    """What ``export`` was asked for, resolved; of a model that is whole, ``adapter`` is that model, too."""
 
     adapter: Source
     base: Source
@@ -51,6 +52,19 @@ class Job:
     def named(self) -> Path:
         """The folder the caller asked for."""
         return self.goal or self.target
+
+    @property
+    def whole(self) -> bool:
+        """Whether a whole model was given, with no adapter to merge."""
+        return self.adapter.kind is SourceKind.BASE
+
+    def read_adapter(self) -> AdapterFolder:
+        """What is merged into the base: nothing where the model is whole.
+
+        Raises:
+            AdapterError, NotSupportedError, SourceError: as ``adapters.files.read_adapter``.
+        """
+        return no_adapter(self.base.path) if self.whole else read_adapter(self.adapter.path)
 
     @property
     def tokenizer(self) -> Path:

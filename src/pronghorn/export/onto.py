@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from pronghorn.errors import ConfigError, ExportError
+from pronghorn.export.formats import FROM_WHOLE
 from pronghorn.quant.stored import EncodedNF4, StoredNF4, stored_4bit
 from pronghorn.sources.record import AdapterRecord
 from pronghorn.sources.source import Source
@@ -22,6 +23,8 @@ from pronghorn.weights.reader import TORCH_DTYPES
 from pronghorn.weights.shards import Shard
 
 Onto = Literal["decoded", "original"]
+# formats that write model folders
+_TEXT_ONLY = ("merged_16bit", *FROM_WHOLE)
 _DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()})
 
 
@@ -45,10 +48,10 @@ class MergeFormat:
     text_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.text_only and self.name != "merged_16bit":
+        if self.text_only and self.name not in _TEXT_ONLY:
             raise ConfigError(
-                f"text_only is for the format merged_16bit, not for {self.name}",
-                fix="write merged_16bit; GGUF is then made from that folder",
+                f"text_only is for {', '.join(_TEXT_ONLY)}, not for {self.name}",
+                fix="write merged_16bit with text_only (--text-only) first, then this format of that folder",
             )
         if self.onto not in get_args(Onto):
             raise ConfigError(f"onto is {self.onto!r}", fix=f"use {' or '.join(get_args(Onto))}")

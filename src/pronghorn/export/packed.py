@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from pronghorn.adapters.tokenizer_files import CONFIG
 from pronghorn.errors import ExportError
+from pronghorn.export.class_modules import class_model
 from pronghorn.export.files import copy_into, small_files
 from pronghorn.quant import nf4
 from pronghorn.quant.choose import Choice, choose
@@ -59,10 +59,7 @@ def write_packed(merged: Path, folder: Path, only: Collection[str] | None = None
 
 def _choose(merged: Path, weights: WeightFolder, only: Collection[str] | None) -> Choice:
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(merged, local_files_only=True)
-            )
+        model = class_model(merged)
     except (ValueError, KeyError, TypeError, OSError, AttributeError, ImportError) as error:
         raise ExportError(
             f"which layers are linear cannot be told, transformers does not build the model: {error}",

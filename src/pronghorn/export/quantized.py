@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pronghorn.errors import NotSupportedError
@@ -20,30 +21,48 @@ from pronghorn.weights import keymap
 from pronghorn.weights.folder import WeightFolder
 from pronghorn.weights.shards import TensorEntry
 
-_USE_16 = "use merged_16bit; vLLM can quantise that as it loads it"
+_USE_16 = "use the 16-bit model (merged_16bit); vLLM can quantise that as it loads it"
 # transformers 5 stacks the experts of a mixture as it reads them, and only decodes these two on the way
 _MIXTURE_FORMATS = ("w4a16", "fp8")
 _MIXTURES = ("mixtral", "qwen3_moe")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+# model type of a multimodal model -> that of its language model, proven in vLLM and transformers
+_MULTIMODAL: Mapping[str, str] = MappingProxyType(
+    {
+        "gemma3": "gemma3_text", "mistral3": "mistral",
+        "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text",
+    }
+)  # fmt: skip
+_LANGUAGE = "model.language_model."
 _NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """``coded`` are file tensors of linear layers; ``ignore`` the linear layers that stay as they are."""
+    """``coded`` are file tensors of linear layers; ``kept`` the linear layers that stay as they are.
+
+    ``towers``: what lies beside a multimodal model's language model, and stays as a whole.
+    """
 
     scheme: Scheme
     coded: frozenset[str]
-    ignore: tuple[str, ...]
+    kept: tuple[str, ...]
+    towers: tuple[str, ...] = ()
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """What config.json lists; a tower as a pattern, for engines differ in what they call its layers."""
+        return (*(rf"re:.*{tower}\..*" for tower in self.towers), *self.kept)
 
     @property
     def told(self) -> str:
         """One line for the report."""
         per = f"group of {self.scheme.group}" if self.scheme.group else "row"
-        twins = Counter(_NUMBER.sub(".*.", name) for name in self.ignore)
-        kept = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in twins.items()) or "none"
+        twins = Counter(_NUMBER.sub(".*.", name) for name in self.kept)
+        kept = [f"{name} ({n})" if n > 1 else name for name, n in twins.items()]
+        left = ", ".join([*(f"all of {tower}" for tower in self.towers), *kept]) or "none"
         number = f"{self.scheme.bits}-bit {self.scheme.kind}"
-        return f"{len(self.coded)} linear layers as {number}, one scale per {per}; left in 16 bit: {kept}"
+        return f"{len(self.coded)} linear layers as {number}, one scale per {per}; left in 16 bit: {left}"
 
     def edit(self, config: Mapping[str, Any]) -> bytes:
         """config.json with the quantization_config."""
@@ -52,27 +71,37 @@ class Quantisation:
 
 
 def plan_quantisation(
-    name: str, weights: WeightFolder, config: Mapping[str, Any], base: Path
+    name: str, weights: WeightFolder, config: Mapping[str, Any], base: Path, *, text_only: bool = False
 ) -> Quantisation:
-    """Choose the layers: every linear layer of the decoder; the output head stays.
+    """Choose the layers: every linear layer of the decoder; the output head and image towers stay.
+
+    Args:
+        name: the format.
+        weights: what is quantised.
+        config: the config.json of ``base``.
+        base: the folder whose class says which tensors are linear layers.
+        text_only: ``weights`` are the language model of ``base`` alone.
 
     Raises:
         NotSupportedError: a model of a kind that is not proven, or a shape no kernel takes.
     """
-    if isinstance(config.get("text_config"), Mapping):
-        raise NotSupportedError(f"{name} of a multimodal model is not proven in an engine", fix=_USE_16)
+    multimodal = not text_only and _is_multimodal(name, config)
+    layers = f"{_LANGUAGE}layers." if multimodal else ".layers."
     experts = [file for file in weights.tensors if ".experts." in file]
     if experts:
         _check_mixture(name, str(config.get("model_type")), [weights.tensors[one][1] for one in experts])
     coded = {file for file in experts if file.endswith(".weight")}
-    ignore: list[str] = []
-    for module, found in class_modules(base).items():
+    kept: list[str] = []
+    towers: dict[str, None] = {}
+    for module, found in class_modules(base, text_only=text_only).items():
         file = keymap.find(f"{module}.weight", weights.tensors)
         if module.rpartition(".")[2] in _ROUTERS:
             stored = file.removesuffix(".weight") if file else module
-            ignore += dict.fromkeys((module, stored))  # engines differ in whose name they look for
-        elif found.kind == "Linear" and (".layers." not in module or file is None):
-            ignore.append(module)
+            kept += dict.fromkeys((module, stored))  # engines differ in whose name they look for
+        elif found.kind == "Linear" and multimodal and (tower := _tower(module)):
+            towers[tower] = None
+        elif found.kind == "Linear" and (layers not in module or file is None):
+            kept.append(module)
         elif found.kind == "Linear" and file is not None:
             coded.add(file)
     if not coded:
@@ -82,7 +111,28 @@ def plan_quantisation(
         if entry.dtype not in MERGEABLE:
             raise NotSupportedError(f"{entry.name} of the base is {entry.dtype}", fix="use the 16-bit base")
     scheme = choose_scheme(name, (entry.shape[1] for entry in entries))
-    return Quantisation(scheme, frozenset(coded), tuple(ignore))
+    return Quantisation(scheme, frozenset(coded), tuple(kept), tuple(towers))
+
+
+def _is_multimodal(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the model has towers beside its language model; one of an unproven kind is refused."""
+    text = config.get("text_config")
+    if text is None and "vision_config" not in config:
+        return False
+    kind, inner = config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None
+    if kind not in _MULTIMODAL or inner not in (None, _MULTIMODAL[str(kind)]):
+        raise NotSupportedError(
+            f"{name} of a multimodal model is proven for {', '.join(_MULTIMODAL)} only, this is {kind}"
+            + (f" with {inner}" if inner else ""),
+            fix=_USE_16,
+        )
+    return True
+
+
+def _tower(module: str) -> str:
+    """The tower or projector that a module of a multimodal class lies in; "" in its language model."""
+    tower, _, inside = module.removeprefix("model.").partition(".")
+    return tower if inside and not module.startswith(_LANGUAGE) else ""
 
 
 def _check_mixture(name: str, kind: str, experts: list[TensorEntry]) -> None:

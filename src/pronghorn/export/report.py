@@ -48,6 +48,11 @@ class ExportReport:
         return self.format in ("adapter", "gguf-lora")
 
     @property
+    def whole(self) -> bool:
+        """Whether a whole model was given, with no adapter to merge: ``adapter`` is that model, too."""
+        return self.adapter == self.base
+
+    @property
     def quality(self) -> tuple[tuple[str, str, str], ...]:
         """What was measured of a quantised folder: its name, the value of base + adapter, the folder's."""
         return tuple(figures for row in self.checks for figures in row.figures)

@@ -6,43 +6,43 @@ import errno
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
 
-from pronghorn.adapters.files import AdapterFolder, choose_adapter, read_adapter
+from pronghorn.adapters.files import choose_adapter, read_adapter
 from pronghorn.adapters.tokenizer_files import CONFIG, TOKENIZER_FILES, FolderEdits
 from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError, PronghornError
 from pronghorn.export.calibrated import CalibratedJob, write_calibrated
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
-from pronghorn.export.formats import QUANTISED, gguf_kinds, unknown_format
+from pronghorn.export.formats import FROM_WHOLE, QUANTISED, gguf_kinds, unknown_format
 from pronghorn.export.gguf_run import GgufJob, write_gguf
 from pronghorn.export.job import SUBFOLDER, Job, Watch, verified
 from pronghorn.export.layout import OutputShard, lay_out
 from pronghorn.export.merged import Progress, with_divisors, write_shards, zero_updates
-from pronghorn.export.onto import MergeFormat, base_weights
+from pronghorn.export.onto import MergeFormat, without_quantization
 from pronghorn.export.original import original_of
 from pronghorn.export.packed import NOTE, write_packed
 from pronghorn.export.plan import MergePlan, plan_merge
 from pronghorn.export.portable import write_portable
 from pronghorn.export.quantized import Quantisation, lay_out_codes, plan_quantisation
 from pronghorn.export.report import ExportReport, changed_share, merge_warnings
-from pronghorn.export.text_only import check_text_class, keep_text_files, text_weights
+from pronghorn.export.text_only import check_text_class, keep_text_files, weights_of
 from pronghorn.export.vocabulary import for_both_generations, merged_files, remove_quantization
-from pronghorn.quant.stored import stored_4bit
+from pronghorn.quant.stored import StoredNF4
 from pronghorn.sources.record import RECORD_NAME
 from pronghorn.sources.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_CONFIG,
+    read_json,
     resolve,
     resolve_base,
 )
 from pronghorn.sources.source import Source, SourceKind
-from pronghorn.weights.folder import open_weights
 from pronghorn.weights.writer import StagedFolder
 
 
@@ -60,15 +60,15 @@ def export(
     """Write what an adapter was trained to be as a folder that other programs open.
 
     Args:
-        adapter: The adapter's folder or hub id.
+        adapter: The adapter's folder or hub id; for formats that quantise, and for ``text_only``, a whole
+            model, too.
         target: The folder to write; it appears only when complete (and verified).
         format: "merged_16bit", the base with the adapter merged in; "w4a16", "w8a8", "fp8" or "nvfp4", the
             same quantised for vLLM and transformers (compressed-tensors); "merged_4bit", the same in
             bitsandbytes' NF4; "adapter", the adapter in the portable form that vLLM, llama.cpp and PEFT read
             alike; "lora", the adapter as it is and its tokenizer; "gguf-q8_0" and so on, files for llama.cpp
-            and Ollama (``adapter`` may then be a whole model). A MergeFormat also says onto which values of a
-            4-bit base, on which rows to calibrate, and whether of a multimodal base only the language model
-            is written.
+            and Ollama. A MergeFormat also says onto which values of a 4-bit base, on which rows to calibrate,
+            and whether of a multimodal base only the language model is written.
         base: Where the base is; by default the place recorded with the adapter.
         overwrite: Replace ``target`` where it has content, in one step.
         adapter_name: Which adapter, where the folder holds several.
@@ -84,9 +84,9 @@ def export(
     wanted = format if isinstance(format, MergeFormat) else MergeFormat(format)
     write, whole = _writer(wanted)
     started = time.perf_counter()
-    source = _find_adapter(adapter, adapter_name, whole=whole)
-    if source.kind is SourceKind.BASE and base is not None:
-        raise ConfigError(f"{adapter} is a whole model, which has no base", fix="leave out base (--base)")
+    source = _find_adapter(adapter, adapter_name, wanted.name, whole=whole)
+    if source.kind is SourceKind.BASE:
+        _check_whole(source, wanted, {"base (--base)": base, "adapter_name (--adapter-name)": adapter_name})
     # the base's own code is copied, never run here; verification decides for itself
     original = None
     if source.kind is SourceKind.BASE:
@@ -117,7 +117,7 @@ def export(
 
 
 def _writer(wanted: MergeFormat) -> tuple[Callable[[Job], ExportReport], bool]:
-    """What writes a format, and whether it takes a whole model as well as an adapter."""
+    """What writes a format, and whether it makes something of a whole model, too, not only of an adapter."""
     kinds = gguf_kinds(wanted.name)
     if wanted.llama_python is not None and kinds is None:
         raise ConfigError(f"llama_python does nothing for the format {wanted.name}", fix="leave it out")
@@ -130,21 +130,43 @@ def _writer(wanted: MergeFormat) -> tuple[Callable[[Job], ExportReport], bool]:
         raise NotSupportedError(message, fix=fix)
     if wanted.calibrate is not None:
         name, rows, python = wanted.name, wanted.calibrate, wanted.calibrate_python
-        return lambda job: write_calibrated(CalibratedJob(job, name, rows, python, _merged)), False
-    return _FORMATS[wanted.name], False
+        return lambda job: write_calibrated(CalibratedJob(job, name, rows, python, _merged)), True
+    return _FORMATS[wanted.name], wanted.text_only or wanted.name in FROM_WHOLE
 
 
-def _find_adapter(adapter: str | Path, name: str | None, *, whole: bool) -> Source:
+def _find_adapter(adapter: str | Path, name: str | None, format_: str, *, whole: bool) -> Source:
     local = Path(adapter).expanduser()
     folder = local if local.is_dir() else resolve(adapter).path
     chosen = choose_adapter(folder, name) if _holds_adapter(folder) else folder
+    if whole and gguf_kinds(format_) is None:
+        _check_16_bit(chosen, format_)
     source = resolve(chosen)
     if source.kind is not SourceKind.ADAPTER and not whole:
         raise AdapterError(
-            f"{adapter} is a {source.kind.value}, not an adapter", fix="give the adapter's folder"
+            f"{adapter} is a whole model, not an adapter",
+            fix="give the adapter's folder; a whole model can be quantised (w4a16, ...) or become GGUF",
         )
     nested = {SUBFOLDER: True} if chosen != folder else {}
     return replace(source, name=str(adapter), config={**source.config, **nested})
+
+
+def _check_16_bit(folder: Path, format_: str) -> None:
+    config = folder / BASE_CONFIG
+    if config.is_file() and without_quantization(read_json(config)):
+        raise NotSupportedError(
+            f"{folder} is quantised already, and {format_} is written from 16-bit weights",
+            fix="give the 16-bit model it was made from",
+        )
+
+
+def _check_whole(source: Source, wanted: MergeFormat, given: Mapping[str, object]) -> None:
+    """A whole model has no base and no adapters to name."""
+    given = {**given, "onto (--onto)": wanted.onto if wanted.onto != "decoded" else None}
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{source.name} is a whole model: {option} does nothing", fix=f"leave out {option}"
+            )
 
 
 def _holds_adapter(folder: Path) -> bool:
@@ -169,14 +191,15 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def _merged(job: Job, quantised: str | None = None) -> ExportReport:
-    adapter = read_adapter(job.adapter.path)
-    base = base_weights(job.base, adapter.record, job.onto)
-    if job.text_only:
-        base = text_weights(base)
+    adapter = job.read_adapter()
+    base = weights_of(job)
     weights = base.weights
     plan = plan_merge(weights, job.base.config, adapter, base.quantised)
     zero = _check_values(plan)
-    codes = plan_quantisation(quantised, weights, job.base.config, job.base.path) if quantised else None
+    codes = None
+    if quantised:
+        config, text_only = job.base.config, job.text_only
+        codes = plan_quantisation(quantised, weights, config, job.base.path, text_only=text_only)
     shards = lay_out(plan) if codes is None else lay_out_codes(lay_out(plan), codes)
     if codes is not None and codes.scheme.two_scales:
         shards = with_divisors(shards, adapter.shard)
@@ -211,7 +234,7 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
         tensors_merged=len(plan.changes),
         tensors_copied=sum(len(shard.tensors) for shard in shards) - len(plan.changes),
         bytes_written=needed,
-        changed_share=changed_share(counts),
+        changed_share=None if job.whole else changed_share(counts),
         warnings=merge_warnings(counts, updated, zero),
         changes=tuple(edits.listed) if codes is None else (codes.told, *edits.listed),
         onto=base.note,
@@ -224,16 +247,12 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
 
 def _packed(job: Job) -> ExportReport:
     """The merged model, verified in 16-bit and then written in NF4."""
-    if "vision_config" in job.base.config:
-        raise NotSupportedError(
-            "merged_4bit of a multimodal model is not proven", fix="use merged_16bit, or --text-only with it"
-        )
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
         step = replace(job, target=Path(scratch) / "merged", overwrite=False, goal=goal, finished=None)
         report = _merged(step)
-        stored = stored_4bit(job.base.config, open_weights(job.base.path))
+        stored = [name for name, one in weights_of(job).quantised.items() if isinstance(one, StoredNF4)]
         with StagedFolder(goal, job.overwrite) as staging:
             count = write_packed(report.folder, staging, stored or None)
             rows = verified(job, staging, against=None, deep=True) if job.verify else ()
@@ -251,7 +270,7 @@ def _packed(job: Job) -> ExportReport:
 
 def _check_values(plan: MergePlan) -> list[str]:
     """Read the adapter once: refuse what is not finite; return the file tensors whose update is zero."""
-    adapter: AdapterFolder = plan.adapter
+    adapter = plan.adapter
     zero, broken = zero_updates(adapter.shard)
     if broken:
         raise ExportError(

@@ -10,7 +10,8 @@ from typing import Any
 
 from pronghorn.adapters.tokenizer_files import CONFIG, SETTINGS, TEMPLATE, FolderEdits, dump, templates
 from pronghorn.errors import ExportError, NotSupportedError
-from pronghorn.export.onto import BaseWeights
+from pronghorn.export.job import Job
+from pronghorn.export.onto import BaseWeights, base_weights
 from pronghorn.sources.resolve import read_json
 from pronghorn.sources.source import Source
 from pronghorn.weights.shards import Shard
@@ -54,12 +55,19 @@ def check_text_class(base: Source) -> None:
         )
 
 
-def text_weights(base: BaseWeights) -> BaseWeights:
-    """The tensors of the language model under the names of its text class; nothing is read.
+def weights_of(job: Job) -> BaseWeights:
+    """What an export merges onto: the base, or with ``text_only`` its language model. Reads headers only.
 
     Raises:
-        ExportError: a tensor that belongs neither to the language model nor to a tower.
+        SourceError, ExportError: as ``base_weights``; or a tensor that belongs neither to the language model
+            nor to a tower.
     """
+    base = base_weights(job.base, job.read_adapter().record, job.onto)
+    return _text_weights(base) if job.text_only else base
+
+
+def _text_weights(base: BaseWeights) -> BaseWeights:
+    """The tensors of the language model under the names of its text class."""
     names = {name: _text_name(name) for name in base.weights.tensors}
     shards = tuple(_text_shard(shard, names) for shard in base.weights.shards)
     tensors = {name: (shard, entry) for shard in shards for name, entry in shard.tensors.items()}

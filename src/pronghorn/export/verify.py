@@ -218,7 +218,8 @@ def verify(
         folder: Merged, base or adapter folder; a GGUF file, or a folder of them.
         deep: Also load it, in a fresh process, and compare what it computes.
         against: The adapter folder that it was merged from. With ``deep``, logits and greedy answers must be
-            those of base + adapter, computed by plain PEFT in float32.
+            those of base + adapter, computed by plain PEFT in float32. Where no adapter was merged: the whole
+            model that it was quantised from, or whose language model it is.
         base: The base folder. By default the one recorded beside the adapter.
         vllm_python: With ``deep``, the interpreter of an environment with vLLM, which opens the folder, too.
         llama_python: The same with llama-cpp-python, which opens what the export makes of the folder.
@@ -244,14 +245,16 @@ def verify(
         return VerifyReport(Path(folder).expanduser().resolve(), "gguf", check_gguf(found, place))
     path = _existing(folder, "folder")
     _require_content(path)
-    adapter = _adapter_folder(_existing(against, "adapter folder")) if against is not None else None
-    base_path = _existing(base, "base folder") if base is not None else recorded_base(adapter or path)
+    source = _source_folder(_existing(against, "adapter folder")) if against is not None else None
+    if rows is not None and source is not None and _is_whole(source):
+        raise ConfigError(f"{against} is a whole model: nothing was trained on rows", fix="leave out --rows")
+    base_path = _base_folder(base, source, path)
     if deep:
         options = ["--onto", onto]
         options += ["--vllm-python", str(vllm_python)] if vllm_python else []
         options += ["--llama-python", str(llama_python)] if llama_python else []
         options += ["--rows", str(rows)] if rows else []
-        return _in_fresh_process(path, adapter, base_path, options)
+        return _in_fresh_process(path, source, base_path, options)
     return check_files(path, base_path)
 
 
@@ -336,17 +339,35 @@ def _require_content(path: Path) -> None:
     )
 
 
-def _adapter_folder(path: Path) -> Path:
-    """The folder itself, or its only subfolder with an adapter (PEFT puts named adapters one level down)."""
+def _source_folder(path: Path) -> Path:
+    """What a folder was made from: an adapter, here or in the only subfolder, or a whole model.
+
+    PEFT puts named adapters one level down.
+    """
     if (path / ADAPTER_CONFIG).is_file():
         return path
     inner = sorted(config.parent for config in path.glob(f"*/{ADAPTER_CONFIG}"))
+    if not inner and (path / "config.json").is_file():
+        return path
     if len(inner) != 1:
         names = ", ".join(folder.name for folder in inner) or "no adapter"
         raise SourceError(
             f"{path} holds {names}, expected one {ADAPTER_CONFIG}", fix="give the adapter's own folder"
         )
     return inner[0]
+
+
+def _is_whole(source: Path) -> bool:
+    return not (source / ADAPTER_CONFIG).is_file()
+
+
+def _base_folder(given: str | Path | None, source: Path | None, folder: Path) -> Path | None:
+    """The base that was given; a whole model is its own; else the one recorded with the adapter."""
+    if given is not None:
+        return _existing(given, "base folder")
+    if source is not None and _is_whole(source):
+        return source
+    return recorded_base(source or folder)
 
 
 def recorded_base(folder: Path) -> Path | None:
@@ -395,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pronghorn.export.verify", description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--deep", action="store_true", help="load it and compare what it computes")
-    parser.add_argument("--against", help="the adapter folder it was merged from")
+    parser.add_argument("--against", help="the adapter folder it was merged from, or a whole model")
     parser.add_argument("--base", help="the base folder; by default the recorded one")
     parser.add_argument("--onto", choices=("decoded", "original"), default="decoded", help="of a 4-bit base")
     parser.add_argument("--vllm-python", type=Path, help="with --deep: vLLM's interpreter opens it, too")
@@ -428,9 +449,9 @@ def _run_here(options: argparse.Namespace) -> VerifyReport:
         return replace(report, rows=(*report.rows, skipped))
     from pronghorn.export.verify_deep import compute_promises
 
-    adapter = _adapter_folder(_existing(options.against, "adapter folder")) if options.against else None
-    base = _existing(options.base, "base folder") if options.base else recorded_base(adapter or report.folder)
-    rows = compute_promises(report.folder, adapter, base, decode=options.onto == "decoded", rows=options.rows)
+    source = _source_folder(_existing(options.against, "adapter folder")) if options.against else None
+    base = _base_folder(options.base, source, report.folder)
+    rows = compute_promises(report.folder, source, base, decode=options.onto == "decoded", rows=options.rows)
     if options.vllm_python is not None and not any(row.ok is False for row in rows):
         from pronghorn.export.verify_engine import vllm_promises
 

@@ -5,11 +5,12 @@ Headers and config only, without torch; ``verify_decode`` reads the codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.export.verify_folder import FLOATS, Finding, Folder, Tensor, promise, verdict
+from pronghorn.export.verify_folder import FLOATS, Fault, Finding, Folder, Tensor, promise, verdict
 
 _LAYOUTS = {
     "pack-quantized": (4, "int"), "nvfp4-pack-quantized": (4, "float"),
@@ -23,6 +24,8 @@ _WITHOUT = {
     "weight_shape": "transformers fails",
     "weight_global_scale": "engines read scales that are too large",
 }
+# a linear layer beside the language model, in a multimodal folder
+_BESIDE = re.compile(r"(?:^|\.)((?:vision_tower|visual|multi_modal_projector)\.(?!.*embed).+)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def codes_complete(folder: Folder) -> Finding:
     layout = _LAYOUTS.get(str(config.get("format")))
     if layout is None:
         return None, f"the layout {config.get('format')!r} is not known here"
-    problems = []
+    problems: list[str | Fault] = []
     if config.get("quantization_status") != "compressed":
         problems.append(
             "quantization_config has no quantization_status 'compressed': transformers reads garbage"
@@ -108,7 +111,44 @@ def codes_complete(folder: Folder) -> Finding:
     heads = [name for name in folder.tensors if name.endswith("lm_head.weight")]
     if heads and not any("lm_head" in str(name) for name in config.get("ignore") or ()):
         problems.append("lm_head is in 16 bit and not in quantization_config's ignore: transformers fails")
+    problems += _tower_faults(folder, config, layout[0])
     return verdict(problems, f"{len(coded(folder))} weights of {layout[0]} bits, {config.get('format')}")
+
+
+def _tower_faults(folder: Folder, config: Mapping[str, Any], bits: int) -> Iterable[Fault]:
+    """Linear layers in 16 bit that an engine takes for quantised: ``ignore`` lacks its name for them.
+
+    vLLM calls a tower as files on the hub do, and exchanges the prefix of plain names, not of patterns.
+    transformers 5 has one level less in SigLIP towers.
+    """
+    groups = (config.get("config_groups") or {}).values()
+    if not any("Linear" in (group.get("targets") or ()) for group in groups):
+        return
+    ignore = [str(entry) for entry in config.get("ignore") or ()]
+    missed: dict[str, str] = {}
+    for name, tensor in folder.tensors.items():
+        match = _BESIDE.search(name)
+        if match is None or len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
+            continue
+        plain = [entry.removeprefix("model.") for entry in ignore]
+        if not _matched(match[1], plain):
+            missed.setdefault("vLLM", match[1])
+        inside = "model." + match[1].replace("vision_tower.vision_model.", "vision_tower.")
+        if not _matched(inside, ignore):
+            missed.setdefault("transformers", inside)
+    for engine, module in missed.items():
+        told = f"{module} is in 16 bit and not in quantization_config's ignore by this name, {engine}'s"
+        yield Fault(f"tower in {bits} bit, {engine}", told)
+
+
+def _matched(module: str, ignore: Iterable[str]) -> bool:
+    for entry in ignore:
+        try:
+            if re.match(entry[3:], module) if entry.startswith("re:") else entry == module:
+                return True
+        except re.error:
+            continue  # matches nothing
+    return False
 
 
 def _part_problems(folder: Folder, layout: tuple[int, str]) -> list[str]:

@@ -5,6 +5,7 @@ The weights must be the nearest codes; what that does to the answers is measured
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ _DTYPES = {
 _EXPERTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",)),
 }  # fmt: skip
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal_projector)")
+# (start of a name in a multimodal class, in its files): today, before transformers 4.52, without the towers
+_LAYOUTS = (
+    ("", ""), ("model.language_model.", "language_model.model."), ("model.language_model.", "model."),
+    ("lm_head.", "language_model.lm_head."),
+)  # fmt: skip
 # E2M1 (OCP Microscaling Formats 1.0): three bits of magnitude, then the sign
 _E2M1 = torch.tensor(
     [sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
@@ -90,7 +97,7 @@ def load_decoded(folder: Folder, base: Path) -> Any:
     rows = int(folder.text_config["vocab_size"])
     if rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    weights = DecodedWeights(folder)
+    weights = DecodedWeights(folder, dict(model.named_parameters()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -98,14 +105,20 @@ def load_decoded(folder: Folder, base: Path) -> Any:
 
 
 class DecodedWeights(Mapping[str, torch.Tensor]):
-    """Parameter of the base's class -> its values in float32, read and decoded when asked for."""
+    """Parameter of the base's class -> its values in float32, read and decoded when asked for.
 
-    def __init__(self, folder: Folder) -> None:
-        self.tensors, self.coded = folder.tensors, coded(folder)
+    ``base``: the base's, which what lies beside a language model keeps: its bytes are compared, and a folder
+    of the language model alone has none.
+    """
+
+    def __init__(self, folder: Folder, base: Mapping[str, torch.Tensor]) -> None:
+        self.tensors, self.coded, self.base = folder.tensors, coded(folder), base
         self.files = {**dict.fromkeys(self.tensors), **dict.fromkeys(self.coded)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        for candidate in (name, name.replace(".mlp.", ".block_sparse_moe.")):
+        if _TOWER.search(name):
+            return self.base[name].float()
+        for candidate in _file_names(name):
             if candidate in self.files:
                 return self._stored(candidate)
             module, _, leaf = candidate.rpartition(".")
@@ -132,6 +145,14 @@ class DecodedWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def _file_names(name: str) -> Iterator[str]:
+    """What the files may call a parameter of the language model."""
+    for ours, theirs in _LAYOUTS:
+        if name.startswith(ours):
+            yield theirs + name.removeprefix(ours)
+    yield name.replace(".mlp.", ".block_sparse_moe.")
 
 
 def quality(

@@ -22,8 +22,8 @@ import transformers
 from pronghorn.export import verify_model, verify_quant
 from pronghorn.export.verify_class import class_agrees
 from pronghorn.export.verify_codes import settings
-from pronghorn.export.verify_decode import QUALITY, DecodedWeights, load_decoded, quality, sizes
-from pronghorn.export.verify_folder import Folder, Row, base_of, verdict
+from pronghorn.export.verify_decode import QUALITY, load_decoded, quality, sizes
+from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Row, base_of, verdict
 from pronghorn.export.verify_loss import LOSS, Losses, Rows, loss_row, read_rows, token_losses
 from pronghorn.export.verify_model import Answer, Whole
 from pronghorn.export.verify_stream import Comparison, compare_weights
@@ -64,7 +64,7 @@ class Truth:
 
     ``rounded``: logits of the reference, PEFT's merge rounded to the stored dtype. ``signal``: distance of
     the truth to the base's logits; ``kept``: of the reference to them; ``reference``: of both to each other.
-    ``losses``: on rows, where some were given.
+    ``losses``: on rows, where some were given. ``adapter`` false: of a whole model, its own reference.
     """
 
     answers: tuple[Answer, ...]
@@ -74,6 +74,7 @@ class Truth:
     kept: Gap
     reference: Gap
     losses: Losses | None = None
+    adapter: bool = True
 
     @property
     def noise(self) -> float:
@@ -100,6 +101,7 @@ def compute_promises(
 ) -> tuple[Row, ...]:
     """Every row of the deep part for a model or adapter folder whose files are in order.
 
+    ``adapter`` may be a whole model: the folder was made of that, with no adapter.
     ``rows``: tokenised rows (``verify_loss.read_rows``), whose loss is compared as well.
     A base that was in 4-bit at training is first written out as it decodes, beside the temporary files of
     this machine; with ``decode`` false its 16-bit values are taken.
@@ -110,6 +112,8 @@ def compute_promises(
     adapter = adapter or (folder if view.is_adapter else None)
     if adapter is None:
         return tuple(_alone(view))
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        return tuple(map(_without_adapter, _of_a_whole(view, Folder(adapter))))
     if base is None:
         return (Row(LOGITS, None, f"the base of {adapter} is not on this machine; give --base"),)
     given = read_rows(rows) if rows is not None else None
@@ -136,6 +140,46 @@ def _alone(view: Folder) -> Iterator[Row]:
             yield Row(RUNS, None, ways)
         else:
             yield _attempt(RUNS, lambda: _runs(view, ways))
+
+
+def _of_a_whole(view: Folder, whole: Folder) -> Iterator[Row]:
+    """A folder against the whole model that was quantised, or whose language model it is."""
+    if not settings(view):
+        yield class_agrees(view.path)
+    yield _weights_row(compare_weights(view, base_of(view, whole.path), None))
+    yield _attempt(TOKENIZER, lambda: _tokenizer_row(view.path, whole.path))
+    with _loader(whole, None) as ways:
+        if isinstance(ways, str):
+            yield Row(QUALITY if settings(view) else LOGITS, None, ways)
+            return
+        try:
+            truth = _whole_truth(whole, ways)
+        except _FAILURES as error:
+            yield Row(LOGITS, None, f"{whole.path} cannot be computed: {_short(error)}")
+            return
+        if settings(view):
+            yield _attempt(QUALITY, lambda: _quality(view, whole, truth, None, ways))
+        else:
+            yield from _judge(view, whole, Questions(whole), truth, ways)
+
+
+def _whole_truth(whole: Folder, ways: Loader) -> Truth:
+    """What a whole model computes."""
+    model = ways.plain(whole.path)
+    ends = verify_model.end_ids(whole, whole)
+    batches = verify_model.prompts(whole, _tokenizer(whole.path))
+    answers = tuple(verify_model.answer(model, batch, ends, ways.new_tokens) for batch in batches)
+    values, _ = _computed(model, answers, None)
+    if not all(bool(torch.isfinite(each).all()) for each in values):
+        raise ValueError("its logits are not finite")
+    same = Gap(0.0, 0.0)
+    return Truth(answers, values, values, same, same, same, adapter=False)
+
+
+def _without_adapter(row: Row) -> Row:
+    """The row in the words for a folder that no adapter was merged into."""
+    name, detail = (text.replace("base + adapter", "the base") for text in (row.name, row.detail))
+    return replace(row, name=name, detail=detail)
 
 
 def _runs(view: Folder, ways: Loader) -> Row:
@@ -239,7 +283,8 @@ def _judge(view: Folder, base: Folder, asked: Questions, truth: Truth, ways: Loa
         return
     row = logits_row(distance(truth.logits, found), truth)
     yield Row(row.name, row.ok, row.detail + ways.told)
-    yield moves_row(truth, distance(truth.rounded, found))
+    if truth.adapter:
+        yield moves_row(truth, distance(truth.rounded, found))
     yield greedy_row(truth, answers, ways.new_tokens)
     if truth.losses is not None and losses is not None and rows is not None:
         yield loss_row(truth.losses, losses, rows, REFERENCE_FACTOR)
@@ -247,15 +292,13 @@ def _judge(view: Folder, base: Folder, asked: Questions, truth: Truth, ways: Loa
 
 def _quality(view: Folder, base: Folder, truth: Truth, rows: Rows | None, ways: Loader) -> Row:
     """The decoded weights beside base + adapter; the adapter's own effect says what the loss is worth."""
-    if isinstance(ways, Streamed):
-        model = ways.decoded(base.path, DecodedWeights(view))
-    else:
-        model = load_decoded(view, base.path)
+    model = ways.decoded(view, base.path) if isinstance(ways, Streamed) else load_decoded(view, base.path)
     ids = tuple(answer.ids for answer in truth.answers)
     found = tuple(verify_model.logits(model, each) for each in ids)
     lost = distance(truth.logits, found).rms
-    told = f"quantising moves the logits by {lost:.3g}, the adapter by {truth.signal.rms:.3g} (rms)"
-    told += ": more than the adapter did" if lost > truth.signal.rms else ""
+    told = f"quantising moves the logits by {lost:.3g}"
+    told += f", the adapter by {truth.signal.rms:.3g} (rms)" if truth.adapter else " (rms)"
+    told += ": more than the adapter did" if truth.adapter and lost > truth.signal.rms else ""
     figures = [sizes(view, base)]
     if truth.losses is not None and rows is not None:
         losses = truth.losses.truth, token_losses(model, rows)

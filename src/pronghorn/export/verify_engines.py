@@ -102,6 +102,7 @@ _INDEX = "pronghorn verify DIR --fix OUT writes the index anew"
 _BOTH = "pronghorn verify DIR --fix OUT writes the settings for both generations"
 _END = "pronghorn verify DIR --fix OUT names the turn's end in generation_config.json"
 _SAY = "say which with --base"
+_IGNORE = "list it in quantization_config's ignore as 're:.*vision_tower.*' (visual, multi_modal_projector)"
 _ON_GPU = "serve it where there is one; elsewhere w4a16 of a dense model, or merged_16bit"
 
 _FINE = (RIGHT, RIGHT, RIGHT, RIGHT)
@@ -166,6 +167,11 @@ CONSEQUENCES: Mapping[str, Consequence] = {
         (RIGHT, RIGHT, REFUSED, REFUSED),
         "export with --format w4a16, which vLLM reads itself; or install vllm-bnb-plugin beside vLLM",
     ),
+    "tower in 4 bit, transformers": Consequence((REFUSED, UNCLEAR, RIGHT, REFUSED), _IGNORE),
+    "tower in 4 bit, vLLM": Consequence((RIGHT, RIGHT, REFUSED, REFUSED), _IGNORE),
+    # answers to text are right: images become something else
+    "tower in 8 bit, transformers": Consequence((LOGITS, UNCLEAR, RIGHT, REFUSED), _IGNORE),
+    "tower in 8 bit, vLLM": Consequence((RIGHT, RIGHT, LOGITS, REFUSED), _IGNORE),
     # proven by decoding only
     "nvfp4": Consequence((RIGHT, UNCLEAR, UNCLEAR, REFUSED), _ON_GPU),
     "quantised experts": Consequence((RIGHT, UNCLEAR, UNCLEAR, REFUSED), _ON_GPU),

@@ -76,10 +76,10 @@ class Comparison:
         )
 
 
-def compare_weights(folder: Folder, base: Folder, adapter: Path) -> Comparison:
-    """Compare every tensor of ``folder`` with base + adapter."""
+def compare_weights(folder: Folder, base: Folder, adapter: Path | None) -> Comparison:
+    """Compare every tensor of ``folder`` with base + adapter, or with the base alone."""
     result = Comparison()
-    changes = _changes(folder, base, adapter, result)
+    changes = _changes(folder, base, adapter, result) if adapter is not None else {}
     experts = any(".experts" in name for name in result.skipped)
     weights = coded(folder)
     for name, one in weights.items():

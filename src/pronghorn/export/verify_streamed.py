@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from pronghorn.export import verify_model
+from pronghorn.export.verify_decode import DecodedWeights
 from pronghorn.export.verify_folder import ADAPTER_WEIGHTS, Folder, read_header
 from pronghorn.export.verify_model import Answer
 
@@ -89,13 +90,14 @@ class Streamed:
         self._read_at_calls(model)
         return model
 
-    def decoded(self, base: Path, weights: Mapping[str, torch.Tensor]) -> Any:
-        """A model of the base's class, its parameters from ``weights``, each read as it is needed.
+    def decoded(self, folder: Folder, base: Path) -> Any:
+        """A model of the base's class with the folder's weights, each read and decoded as it is needed.
 
         Raises:
             ValueError: the vocabulary is not the base's.
         """
         model = self._open(base)
+        weights = DecodedWeights(folder, self._weights)
         table = next(name for p, name in self._names.items() if p is model.get_input_embeddings().weight)
         if weights[table].shape != model.get_input_embeddings().weight.shape:
             raise ValueError("the adapter grows the vocabulary, which needs the whole model in memory")

@@ -153,7 +153,8 @@ def _export(
     """
     if not hasattr(self, "peft_config"):
         raise AdapterError(
-            "the model has no adapter, so there is nothing to merge", fix="call get_peft_model first"
+            "the model has no adapter, so there is nothing to merge",
+            fix="call get_peft_model first, or quantise the folder: pronghorn.export(BASE, DIR, format=...)",
         )
     origin = origin_of(self)
     if origin is None:

@@ -35,8 +35,13 @@ class Choice:
 
     @property
     def skipped(self) -> list[str]:
-        """The left linear modules as patterns for quantization_config's llm_int8_skip_modules."""
-        return skip_patterns(self.left, self.files)
+        """The left linear modules as patterns for quantization_config's llm_int8_skip_modules.
+
+        A tower is named as a whole: transformers 4 takes "0" of a layer in it for the first of any layers.
+        """
+        towers = {_tower(name) for name, reason in self.left.items() if reason == TOWER}
+        others = [name for name, reason in self.left.items() if reason != TOWER]
+        return sorted({*towers, *skip_patterns(others, self.files)})
 
 
 def choose(model: Any, stored: Collection[str], *, block: int = BLOCK) -> Choice:
@@ -79,6 +84,13 @@ def _reason(name: str, is_head: bool, float32: tuple[str, ...]) -> str | None:
     if name.rpartition(".")[2] in _ROUTERS:
         return ROUTER
     return FLOAT32 if any(part in name.split(".") for part in float32) else None
+
+
+def _tower(module: str) -> str:
+    """The tower that a module lies in: ``model.visual`` of ``model.visual.blocks.0.attn.qkv``."""
+    found = _TOWERS.search(module)
+    assert found is not None
+    return module[: found.end()] + module[found.end() :].partition(".")[0]
 
 
 def skip_patterns(left: Iterable[str], chosen: Collection[str]) -> list[str]:

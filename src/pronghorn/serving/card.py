@@ -206,8 +206,9 @@ def _told_metrics(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _told_checks(result: Result) -> Iterator[str]:
-    deep = any(row.name.startswith("logits equal") for row in result.checks)
-    how = "computing with it beside base + adapter, in a fresh process" if deep else "headers and JSON files"
+    deep = any(row.name.startswith(("logits equal", "quality against")) for row in result.checks)
+    beside = "base + adapter" if result.adapter is not None else "the base"
+    how = f"computing with it beside {beside}, in a fresh process" if deep else "headers and JSON files"
     yield f"Each promise below was kept, checked by {how}."
     yield ""
     here = {str(path): path.name for path in (result.folder, result.base, result.adapter) if path is not None}

@@ -80,9 +80,8 @@ def push_export(
     upload = Upload(push)
     report = write(Watch(progress, upload.send))
     checks = report.checks or _checked(report.folder)
-    result = Result(
-        report.folder, report.format, report.adapter, report.base, checks, report.warnings, report.onto
-    )
+    adapter = None if report.whole else report.adapter
+    result = Result(report.folder, report.format, adapter, report.base, checks, report.warnings, report.onto)
     try:
         return report, _finish(upload, result)
     except ExportError as error:
@@ -90,7 +89,8 @@ def push_export(
             raise
         raise ExportError(
             f"{error.message}. The folder {report.folder} is complete",
-            fix=f"{error.fix}; pronghorn push {report.folder} {push.repo} --adapter {report.adapter}",
+            fix=f"{error.fix}; pronghorn push {report.folder} {push.repo}"
+            + (f" --adapter {adapter}" if adapter is not None else ""),
         ) from error
 
 
