@@ -51,8 +51,10 @@ class Quantisation:
 
     @property
     def ignore(self) -> tuple[str, ...]:
-        """What config.json lists; a tower as a pattern, for engines differ in what they call its layers."""
-        return (*(rf"re:.*{tower}\..*" for tower in self.towers), *self.kept)
+        """What config.json lists: towers and routers as patterns, for engines differ in their names."""
+        towers = [rf"re:.*{tower}\..*" for tower in self.towers]
+        routers = [rf"re:.*\.{name}$" for name in dict.fromkeys(map(_leaf, self.kept)) if name in _ROUTERS]
+        return (*towers, *routers, *(name for name in self.kept if _leaf(name) not in _ROUTERS))
 
     @property
     def told(self) -> str:
@@ -95,9 +97,8 @@ def plan_quantisation(
     towers: dict[str, None] = {}
     for module, found in class_modules(base, text_only=text_only).items():
         file = keymap.find(f"{module}.weight", weights.tensors)
-        if module.rpartition(".")[2] in _ROUTERS:
-            stored = file.removesuffix(".weight") if file else module
-            kept += dict.fromkeys((module, stored))  # engines differ in whose name they look for
+        if _leaf(module) in _ROUTERS:
+            kept.append(module)
         elif found.kind == "Linear" and multimodal and (tower := _tower(module)):
             towers[tower] = None
         elif found.kind == "Linear" and (layers not in module or file is None):
@@ -127,6 +128,10 @@ def _is_multimodal(name: str, config: Mapping[str, Any]) -> bool:
             fix=_USE_16,
         )
     return True
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _tower(module: str) -> str:
