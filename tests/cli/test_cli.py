@@ -64,6 +64,17 @@ def test_a_fault_of_the_disk_is_a_message(
     assert capsys.readouterr().err == f"error: File name too long: {'a' * 300}\n"
 
 
+def test_rows_beside_a_whole_model_are_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    options = ("--deep", "--against", base, "--rows", rows)
+    assert run("verify", base, *options, monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert f"{base} is a whole model: nothing was trained on rows" in told and "leave out --rows" in told
+
+
 def _tree(kind: type[errors.PronghornError]) -> list[type[errors.PronghornError]]:
     return [kind, *(one for child in kind.__subclasses__() for one in _tree(child))]
 

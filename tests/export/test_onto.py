@@ -21,6 +21,7 @@ from pronghorn.ops.packed import decode
 from pronghorn.quant import nf4
 from pronghorn.quant.library import decode_weight, linears_4bit
 from pronghorn.serving.compare import drift_candidates
+from pronghorn.weights.folder import open_weights
 from tests import four_bit
 from tests.stack import experts_are_stacked
 
@@ -206,6 +207,17 @@ def test_a_tensor_quantised_at_training_is_missing(tmp_path: Path) -> None:
     record["quantised"].append("model.layers.9.mlp.up_proj.weight")
     (adapter / "pronghorn.json").write_text(json.dumps(record))
     with pytest.raises(ExportError, match=r"layers\.9\.mlp\.up_proj\.weight was in NF4 at training"):
+        export(adapter, tmp_path / "merged")
+
+
+def test_a_base_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    base, name = four_bit.write_full(tmp_path / "base"), "model.layers.1.mlp.up_proj.weight"
+    adapter = trained(tmp_path / "adapter", base)
+    shard, entry = open_weights(base).tensors[name]
+    with shard.path.open("r+b") as file:
+        file.seek(entry.start)  # the fingerprint reads pages in the middle of tensors
+        file.write(torch.tensor([torch.nan], dtype=torch.bfloat16).view(torch.uint8).numpy().data)
+    with pytest.raises(ExportError, match=rf"^{name} of {base} holds NaN or infinity"):
         export(adapter, tmp_path / "merged")
 
 

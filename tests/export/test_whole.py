@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
+from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError
 from pronghorn.export.formats import QUANTISED
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.run import export
@@ -18,7 +18,7 @@ from pronghorn.export.verify_deep import compute_promises
 from pronghorn.export.verify_folder import Folder
 from pronghorn.export.verify_stream import compare_weights
 from tests import multimodal, tiny
-from tests.export.damage import edit_weights
+from tests.export.damage import edit_json, edit_weights
 from tests.export.test_quantized import tensors
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -62,7 +62,7 @@ def test_a_merged_folder_becomes_what_base_and_adapter_become(
     ]
     assert configs[0] == configs[1]
     assert report.adapter == report.base == merged
-    assert (report.changed_share, report.tensors_merged) == (None, 0)
+    assert (report.whole, report.changed_share, report.tensors_merged) == (True, None, 0)
 
 
 def test_a_merge_in_16_bit_in_between_moves_few_codes(rounded: tuple[Path, Path], tmp_path: Path) -> None:
@@ -137,4 +137,66 @@ def test_what_makes_no_sense_is_refused(rounded: tuple[Path, Path], tmp_path: Pa
         with pytest.raises(NotSupportedError, match="quantised is quantised already") as refused:
             export(quantised, tmp_path / "out", format=format_)
         assert refused.value.fix == "give the 16-bit model it was made from"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_beside_its_quantised_base_s_config_is_an_adapter(
+    rounded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Trainers save the config of the model that was trained along with the adapter."""
+    adapter = Path(shutil.copytree(rounded[0], tmp_path / "adapter"))
+    edit_json(adapter / "config.json", model_type="qwen2", quantization_config={"load_in_4bit": True})
+    report = export(adapter, tmp_path / "out", format="w8a8", verify=False)
+    assert (report.whole, report.adapter) == (False, adapter)
+
+
+def test_a_model_s_own_code_is_copied_and_never_run(
+    rounded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    model = Path(shutil.copytree(rounded[1], tmp_path / "model"))
+    (model / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    edit_json(model / "config.json", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    edit_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    for format_ in ("fp8", "gguf-q8_0"):
+        export(model, tmp_path / format_, format=format_, verify=False)
+    assert (tmp_path / "fp8" / "own.py").is_file()
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers asks where it knows no such type
+    edit_json(model / "config.json", model_type="own")
+    for format_ in ("w4a16", "merged_4bit"):
+        with pytest.raises(ExportError, match=r"does not build the Qwen2ForCausalLM of .*model: ValueError"):
+            export(model, tmp_path / "out", format=format_, verify=False)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("given", [{"model_type": "nonesuch"}, {"hidden_act": "nosuch"}])
+def test_a_config_that_builds_no_model_is_named(
+    rounded: tuple[Path, Path], tmp_path: Path, given: dict[str, str]
+) -> None:
+    model = Path(shutil.copytree(rounded[1], tmp_path / "model"))
+    edit_json(model / "config.json", **given)
+    for format_ in ("w4a16", "merged_4bit"):
+        with pytest.raises(ExportError, match=r"does not build the Qwen2ForCausalLM of .*model: ") as caught:
+            export(model, tmp_path / "out", format=format_)
+        assert "merged_16bit" in caught.value.fix
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_base_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+
+    def damage(held: dict[str, torch.Tensor]) -> None:
+        held[name][3, 2] = value
+
+    base = tiny.write_base(tmp_path / "base", dtype=torch.float16)
+    edit_weights(base, damage)
+    adapter = tiny.write_adapter(tmp_path / "adapter", base)
+    cases = [(given, format_) for given in (base, adapter) for format_ in (*QUANTISED, "merged_4bit")]
+    for given, format_ in [*cases, (adapter, "merged_16bit")]:
+        with pytest.raises(ExportError, match=rf"^{name} of {base} holds NaN or infinity") as caught:
+            export(given, tmp_path / "out", format=format_, verify=False)
+        assert "copy or download the base again" in caught.value.fix
+    with pytest.raises(ExportError, match=r"blk\.1\.attn_q\.weight holds NaN or infinity"):
+        export(base, tmp_path / "out", format="gguf-q8_0", verify=False)
     assert not (tmp_path / "out").exists()

@@ -29,6 +29,19 @@ def test_no_drawer_for_odds_and_ends() -> None:
     assert [path for path, stem in names.items() if stem in DRAWERS] == []
 
 
+def test_no_class_is_chosen_without_a_word_on_foreign_code() -> None:
+    """transformers asks on the terminal, and runs it on "y", where ``trust_remote_code`` is not given."""
+    assert [place for module in modules() for place in unasked(module)] == []
+    for text, found in (
+        ("AutoConfig.from_pretrained(folder)", True),
+        ("transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)", True),
+        ("AutoConfig.from_pretrained(folder, trust_remote_code=False)", False),
+        ("AutoConfig.from_pretrained(folder, **common)", False),
+        ("PeftModel.from_pretrained(model, folder)", False),
+    ):
+        assert bool(unasked(Module("m", text))) is found, text
+
+
 def test_every_module_says_what_it_is_for() -> None:
     assert [module.name for module in modules() if not ast.get_docstring(module.tree)] == []
 
@@ -64,6 +77,19 @@ def test_the_checks_find_what_they_look_for() -> None:
 def forbidden(module: Module) -> list[str]:
     """Places that use a construct ruled out for the whole package."""
     return [f"{module.at(line)} {what}" for line, what in _constructs(module.tree)]
+
+
+def unasked(module: Module) -> list[str]:
+    """Calls of AutoConfig.from_pretrained and the like that do not say whether foreign code may run."""
+    return [
+        module.at(node.lineno)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "from_pretrained"
+        and ast.unparse(node.func.value).rpartition(".")[2].startswith("Auto")
+        and {None, "trust_remote_code"}.isdisjoint(one.arg for one in node.keywords)
+    ]
 
 
 def _constructs(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -93,11 +93,13 @@ def verify(
 def _tokenised(target: Path, rows: Path | None, against: Path | None, base: Path | None) -> Path | None:
     """The rows as ``verify`` takes them: those of the file, else those that the run was evaluated on."""
     from pronghorn.errors import DataError
+    from pronghorn.export.verify import source_folder
     from pronghorn.serving.rows import write_rows
     from pronghorn.training.folder import RunFolder
 
     if against is None or (rows is None and not RunFolder(against).config.is_file()):
         return rows
+    source_folder(against, rows)
     try:
         write_rows(target, rows, against, base)
     except DataError as error:

@@ -75,7 +75,7 @@ def main(folder: str, job: str, out: str) -> None:
     asked = json.loads(Path(job).read_text(encoding="utf-8"))
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     kind = getattr(transformers, config["architectures"][0])
-    model = kind.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = kind.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False)
     rows = [torch.tensor([ids]) for ids in asked["rows"]]
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
     order = asked["group"]["weights"].pop("actorder")

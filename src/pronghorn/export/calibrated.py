@@ -113,7 +113,7 @@ def _tokenised(work: CalibratedJob) -> list[list[int]]:
     """Token ids of the rows, as training would see them."""
     tokenizer = work.job.tokenizer
     home = tokenizer if (tokenizer / TOKENIZER_FILES[1]).is_file() else work.job.base.path
-    opened = AutoTokenizer.from_pretrained(home, local_files_only=True)
+    opened = AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
     prepared = prepare(DataOptions(train=(str(work.rows),)), opened, opened.model_max_length).train
     return [
         list(row["input_ids"])[:_MOST_TOKENS]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from pronghorn.errors import NotSupportedError
+from pronghorn.errors import ExportError, NotSupportedError
 from pronghorn.export.text_only import TEXT_CLASSES
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
 
@@ -32,6 +32,7 @@ def class_model(base: Path, *, text_only: bool = False) -> Any:
 
     Raises:
         NotSupportedError: this transformers has no class of that name.
+        ExportError: transformers does not build it from this config without running the model's own code.
     """
     named = str((read_json(base / BASE_CONFIG).get("architectures") or [""])[0])
     found: Any = getattr(transformers, named, None)
@@ -40,19 +41,26 @@ def class_model(base: Path, *, text_only: bool = False) -> Any:
             f"transformers {transformers.__version__} has no class {named!r}, which {base} names",
             fix="install the transformers that the model asks for, or use --format merged_16bit",
         )
-    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-    if text_only:
-        config = config.get_text_config()
-        found = getattr(transformers, TEXT_CLASSES[config.model_type])
-    with torch.device("meta"):
-        return found(config)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        if text_only:
+            config = config.get_text_config()
+            found = getattr(transformers, TEXT_CLASSES[config.model_type])
+        with torch.device("meta"):
+            return found(config)
+    except Exception as error:  # hundreds of configs and classes, each with errors of its own
+        raise ExportError(
+            f"transformers {transformers.__version__} does not build the {named} of {base}: "
+            f"{type(error).__name__}: {error}",
+            fix="compare its config.json with that of the original model, or use --format merged_16bit",
+        ) from error
 
 
 def class_modules(base: Path, *, text_only: bool = False) -> Mapping[str, ClassModule]:
     """Linear layers and embeddings of the class named in config.json, or of its language model alone.
 
     Raises:
-        NotSupportedError: this transformers has no class of that name.
+        NotSupportedError, ExportError: as ``class_model``.
     """
     model = class_model(base, text_only=text_only)
     return {

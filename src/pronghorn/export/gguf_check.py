@@ -76,7 +76,7 @@ def _adapter(folder: Path, base: Path | None) -> None:
 
 
 def _model(folder: Path) -> ModelPlan:
-    source, settings = resolve(folder), settings_of(folder)
+    source, settings = resolve(folder, trust_remote_code=True), settings_of(folder)
     check_model(source.config, settings)
     return plan_model(open_weights(folder), source.config, settings)
 

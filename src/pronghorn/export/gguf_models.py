@@ -152,7 +152,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
         SourceError: transformers does not know it.
     """
     try:
-        return dict(AutoConfig.from_pretrained(folder, local_files_only=True).to_dict())
+        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return dict(found.to_dict())
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise SourceError(f"transformers cannot read {folder / BASE_CONFIG}: {error}") from error
 

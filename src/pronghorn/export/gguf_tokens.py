@@ -153,7 +153,7 @@ def _load(folder: Path) -> Any:
             fix="save the tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)",
         )
     try:
-        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise SourceError(f"transformers cannot load the tokenizer of {folder}: {error}") from error
     if getattr(fast, "backend_tokenizer", None) is None:

@@ -128,6 +128,10 @@ def _encode(values: torch.Tensor, kind: str, name: str) -> bytes:
     if kind == "Q8_0":
         from gguf import GGMLQuantizationType, quants
 
+        if not bool(torch.isfinite(values).all()):
+            raise ExportError(
+                f"{name} holds NaN or infinity; nothing was kept", fix="use another copy of the base"
+            )
         coded: np.ndarray[Any, Any] = quants.quantize(values.float().numpy(), GGMLQuantizationType.Q8_0)
         return coded.tobytes()
     wanted = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]

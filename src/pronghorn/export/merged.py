@@ -25,6 +25,7 @@ from pronghorn.errors import ExportError
 from pronghorn.export.codes import Coded, encode, scale_divisor
 from pronghorn.export.layout import OutputShard, OutputTensor
 from pronghorn.export.plan import Change
+from pronghorn.quant.stored import EncodedNF4
 from pronghorn.weights.reader import TORCH_DTYPES, read_rows
 from pronghorn.weights.scratch import Scratch
 from pronghorn.weights.shards import Shard, TensorEntry
@@ -254,7 +255,7 @@ class _Merge:
             before = self._base_rows(first, last)
             exact = self._tile(before, first, last, columns)
             merged = scratch.take("merged", tuple(exact.shape), stored).copy_(exact)
-            self._check_range(merged)
+            self._check_finite(merged, before)
             # a base that was decoded to float32 in memory is written in the dtype of its files
             changed += merged.numel() - _same_bits(before.to(stored), merged[: len(before)], scratch)
             if self.tensor.coded:
@@ -280,26 +281,29 @@ class _Merge:
             written += write_all(target, data.contiguous().view(torch.uint8).numpy().data.cast("B"), place)
         return written
 
-    def _check_range(self, merged: torch.Tensor) -> None:
-        """float16 ends at 65504, and DoRA divides by a norm; other updates of finite values stay finite."""
-        risky = merged.dtype is torch.float16 or (self.change.update and self.change.update.pair.magnitude)
-        if risky and not bool(torch.isfinite(merged).all()):
-            raise ExportError(
-                f"{self.tensor.entry.name} would hold values beyond {self.tensor.entry.dtype}, or NaN",
-                fix="merge into the bfloat16 version of the base",
-            )
+    def _check_finite(self, merged: torch.Tensor, before: torch.Tensor) -> None:
+        """The base may hold NaN, float16 ends at 65504, and DoRA divides by a norm."""
+        if math.isfinite(_largest(merged)):
+            return
+        if not math.isfinite(_largest(before)):
+            raise not_finite(self.tensor.base[1].name, self.tensor.base[0].path.parent)
+        raise ExportError(
+            f"{self.tensor.entry.name} would hold values beyond {self.tensor.base[1].dtype}, or NaN",
+            fix="merge into the bfloat16 version of the base",
+        )
 
     def largest(self) -> float:
         """The largest magnitude in these tiles, merged but not rounded."""
         columns = _matrix(self.change.shape)[1]
-        found = (self._tile(self._base_rows(*rows), *rows, columns).abs().amax() for rows in self.pieces)
-        return max(map(float, found))
+        return max(_largest(self._tile(self._base_rows(*rows), *rows, columns)) for rows in self.pieces)
 
     def _base_rows(self, first: int, last: int) -> torch.Tensor:
         """The base's rows; fewer (or none) where the vocabulary was resized beyond them."""
         shard, entry = self.tensor.base
         flat = _flat(entry)
         if self.change.quantised is not None:
+            if isinstance(self.change.quantised, EncodedNF4) and not self.change.quantised.finite:
+                raise not_finite(entry.name, shard.path.parent)
             return self.change.quantised.rows(first, last)
         rows = (min(first, flat.shape[0]), min(last, flat.shape[0]))
         return read_rows(shard, flat, *rows, scratch=(self.writer.cache.scratch, "base"))
@@ -351,8 +355,9 @@ def zero_updates(adapter: Shard) -> tuple[set[str], list[str]]:
     zero, broken = set(), []
     with _one_thread():
         for name, entry in adapter.tensors.items():
+            flat = _flat(entry)
             largest = max(
-                (_largest(adapter, _flat(entry), *rows) for rows in tiles(*_flat(entry).shape)), default=0.0
+                (_largest(read_rows(adapter, flat, *rows)) for rows in tiles(*flat.shape)), default=0.0
             )
             if math.isinf(largest):
                 broken.append(name)
@@ -361,9 +366,17 @@ def zero_updates(adapter: Shard) -> tuple[set[str], list[str]]:
     return zero, broken
 
 
-def _largest(adapter: Shard, entry: TensorEntry, first: int, last: int) -> float:
-    """The largest magnitude in some rows; infinity where one is NaN (min and max carry it along)."""
-    if first == last:
+def _largest(rows: torch.Tensor) -> float:
+    """The largest magnitude; infinity where one is NaN: min and max carry it along."""
+    if not rows.numel():
         return 0.0
-    low, high = map(float, torch.aminmax(read_rows(adapter, entry, first, last)))
+    # 0.1 ns an element, isfinite takes 1.9 to 2.3
+    low, high = map(float, torch.aminmax(rows))
     return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
+
+
+def not_finite(name: str, folder: Path) -> ExportError:
+    """What to raise for a tensor of a base that has values no adapter is added to and no code stands for."""
+    return ExportError(
+        f"{name} of {folder} holds NaN or infinity", fix="copy or download the base again, or use another one"
+    )

@@ -15,6 +15,7 @@ from pronghorn.adapters.tokenizer_files import CONFIG
 from pronghorn.errors import ExportError
 from pronghorn.export.class_modules import class_model
 from pronghorn.export.files import copy_into, small_files
+from pronghorn.export.merged import not_finite
 from pronghorn.quant import nf4
 from pronghorn.quant.choose import Choice, choose
 from pronghorn.quant.stored import EncodedNF4
@@ -31,16 +32,18 @@ NOTE = (
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-def write_packed(merged: Path, folder: Path, only: Collection[str] | None = None) -> int:
+def write_packed(merged: Path, folder: Path, base: Path, only: Collection[str] | None = None) -> int:
     """Quantise the linear layers of ``merged`` into ``folder``; returns how many.
 
     Args:
         merged: a complete 16-bit model folder.
         folder: an empty folder.
+        base: what was merged onto, for messages.
         only: names of the file tensors to take at most (those of a base in 4-bit); None: the rule of loading.
 
     Raises:
-        ExportError: the model cannot be built from its config, or nothing in it can be quantised.
+        ExportError: the model cannot be built from its config, nothing in it can be quantised, or a weight
+            to be quantised holds NaN or infinity.
     """
     weights = open_weights(merged)
     choice = _choose(merged, weights, only)
@@ -49,7 +52,9 @@ def write_packed(merged: Path, folder: Path, only: Collection[str] | None = None
     copy_into(merged, [name for name in copied if str(name) != CONFIG], folder)
     config = {**read_json(merged / CONFIG), "quantization_config": _settings(choice, weights)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    listed = {name: shard.path.name for shard in weights.shards for name in _write(shard, chosen, folder)}
+    listed = {
+        name: shard.path.name for shard in weights.shards for name in _write(shard, chosen, folder, base)
+    }
     if weights.index is not None:
         size = sum((folder / name).stat().st_size for name in set(listed.values()))
         index = {"metadata": {"total_size": size}, "weight_map": listed}
@@ -58,14 +63,7 @@ def write_packed(merged: Path, folder: Path, only: Collection[str] | None = None
 
 
 def _choose(merged: Path, weights: WeightFolder, only: Collection[str] | None) -> Choice:
-    try:
-        model = class_model(merged)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError, ImportError) as error:
-        raise ExportError(
-            f"which layers are linear cannot be told, transformers does not build the model: {error}",
-            fix="export merged_16bit instead",
-        ) from error
-    choice = choose(model, weights.tensors)
+    choice = choose(class_model(merged), weights.tensors)
     if only is not None:
         kept = {name: file for name, file in choice.files.items() if file in only}
         left = dict.fromkeys(choice.files.keys() - kept.keys(), "in 16-bit in the base")
@@ -93,7 +91,7 @@ def _settings(choice: Choice, weights: WeightFolder) -> Mapping[str, Any]:
     }
 
 
-def _write(shard: Shard, chosen: Collection[str], folder: Path) -> list[str]:
+def _write(shard: Shard, chosen: Collection[str], folder: Path, base: Path) -> list[str]:
     """One file: its header is known before a weight is encoded. Returns the tensor names."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -115,7 +113,10 @@ def _write(shard: Shard, chosen: Collection[str], folder: Path) -> list[str]:
                 copy_bytes(merged.fileno(), file.fileno(), entry.start, entry.nbytes, file.tell())
                 file.seek(entry.nbytes, os.SEEK_CUR)
                 continue
-            for piece in EncodedNF4(shard, entry, TORCH_DTYPES[entry.dtype]).pieces():
+            weight = EncodedNF4(shard, entry, TORCH_DTYPES[entry.dtype])
+            if not weight.finite:
+                raise not_finite(name, base)
+            for piece in weight.pieces():
                 file.write(piece.view(torch.uint8).numpy().data)
         assert file.tell() == LENGTH_BYTES + len(text) + at
     return [name for tensors in blank.values() for name in tensors]

@@ -17,6 +17,7 @@ from pronghorn.export.class_modules import class_modules
 from pronghorn.export.codes import Coded, Scheme, choose_scheme
 from pronghorn.export.layout import OutputShard, OutputTensor, write_header
 from pronghorn.export.plan import MERGEABLE, Change
+from pronghorn.quant.choose import tower_of
 from pronghorn.weights import keymap
 from pronghorn.weights.folder import WeightFolder
 from pronghorn.weights.shards import TensorEntry
@@ -86,6 +87,7 @@ def plan_quantisation(
 
     Raises:
         NotSupportedError: a model of a kind that is not proven, or a shape no kernel takes.
+        ExportError: as ``class_model``.
     """
     multimodal = not text_only and _is_multimodal(name, config)
     layers = f"{_LANGUAGE}layers." if multimodal else ".layers."
@@ -99,8 +101,8 @@ def plan_quantisation(
         file = keymap.find(f"{module}.weight", weights.tensors)
         if _leaf(module) in _ROUTERS:
             kept.append(module)
-        elif found.kind == "Linear" and multimodal and (tower := _tower(module)):
-            towers[tower] = None
+        elif found.kind == "Linear" and multimodal and (tower := tower_of(module)):
+            towers[tower.removeprefix("model.")] = None
         elif found.kind == "Linear" and (layers not in module or file is None):
             kept.append(module)
         elif found.kind == "Linear" and file is not None:
@@ -132,12 +134,6 @@ def _is_multimodal(name: str, config: Mapping[str, Any]) -> bool:
 
 def _leaf(module: str) -> str:
     return module.rpartition(".")[2]
-
-
-def _tower(module: str) -> str:
-    """The tower or projector that a module of a multimodal class lies in; "" in its language model."""
-    tower, _, inside = module.removeprefix("model.").partition(".")
-    return tower if inside and not module.startswith(_LANGUAGE) else ""
 
 
 def _check_mixture(name: str, kind: str, experts: list[TensorEntry]) -> None:

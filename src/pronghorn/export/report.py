@@ -37,6 +37,8 @@ class ExportReport:
     left_out: tuple[str, ...]
     seconds: float
     onto: str | None = None
+    whole: bool = False
+    """a whole model was given, with no adapter to merge: ``adapter`` is that model, too"""
     trained_on: Path | None = None
     """the 4-bit base of the training, where ``base`` is the 16-bit model it was made from"""
     verified: bool | None = None
@@ -46,11 +48,6 @@ class ExportReport:
     def is_adapter(self) -> bool:
         """Whether an adapter was written, in a form that is served on other values than those in 4-bit."""
         return self.format in ("adapter", "gguf-lora")
-
-    @property
-    def whole(self) -> bool:
-        """Whether a whole model was given, with no adapter to merge: ``adapter`` is that model, too."""
-        return self.adapter == self.base
 
     @property
     def quality(self) -> tuple[tuple[str, str, str], ...]:

@@ -17,6 +17,7 @@ from pronghorn.adapters.files import choose_adapter, read_adapter
 from pronghorn.adapters.tokenizer_files import CONFIG, TOKENIZER_FILES, FolderEdits
 from pronghorn.errors import AdapterError, ConfigError, ExportError, NotSupportedError, PronghornError
 from pronghorn.export.calibrated import CalibratedJob, write_calibrated
+from pronghorn.export.class_modules import class_model
 from pronghorn.export.files import check_apart, check_space, copy_into, left_out, small_files
 from pronghorn.export.formats import FROM_WHOLE, QUANTISED, gguf_kinds, unknown_format
 from pronghorn.export.gguf_run import GgufJob, write_gguf
@@ -78,16 +79,17 @@ def export(
     Raises:
         NotSupportedError: an unknown format, or an adapter of a kind that cannot be merged.
         SourceError, AdapterError: the adapter or the base cannot be used, or do not belong together.
-        ExportError: an adapter tensor has no place in the base, or the disk refuses; nothing appears.
+        ExportError: an adapter tensor has no place in the base, the base holds NaN or cannot be built, or the
+            disk refuses; nothing appears.
         VerificationError: the result broke a promise; nothing appears.
     """
     wanted = format if isinstance(format, MergeFormat) else MergeFormat(format)
     write, whole = _writer(wanted)
     started = time.perf_counter()
+    # a model's own code (trust_remote_code) is copied, never run: neither here nor in verification
     source = _find_adapter(adapter, adapter_name, wanted.name, whole=whole)
     if source.kind is SourceKind.BASE:
         _check_whole(source, wanted, {"base (--base)": base, "adapter_name (--adapter-name)": adapter_name})
-    # the base's own code is copied, never run here; verification decides for itself
     original = None
     if source.kind is SourceKind.BASE:
         found = source
@@ -113,7 +115,8 @@ def export(
     with _disk_errors(goal):
         report = write(job)
     trained_on = original[1] if original else None
-    return replace(report, trained_on=trained_on, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return replace(report, whole=job.whole, trained_on=trained_on, seconds=seconds)
 
 
 def _writer(wanted: MergeFormat) -> tuple[Callable[[Job], ExportReport], bool]:
@@ -136,11 +139,12 @@ def _writer(wanted: MergeFormat) -> tuple[Callable[[Job], ExportReport], bool]:
 
 def _find_adapter(adapter: str | Path, name: str | None, format_: str, *, whole: bool) -> Source:
     local = Path(adapter).expanduser()
-    folder = local if local.is_dir() else resolve(adapter).path
-    chosen = choose_adapter(folder, name) if _holds_adapter(folder) else folder
-    if whole and gguf_kinds(format_) is None:
-        _check_16_bit(chosen, format_)
-    source = resolve(chosen)
+    folder = local if local.is_dir() else resolve(adapter, trust_remote_code=True).path
+    holds = _holds_adapter(folder)
+    chosen = choose_adapter(folder, name) if holds else folder
+    if whole and not holds and gguf_kinds(format_) is None:
+        _check_16_bit(folder, format_)
+    source = resolve(chosen, trust_remote_code=True)
     if source.kind is not SourceKind.ADAPTER and not whole:
         raise AdapterError(
             f"{adapter} is a whole model, not an adapter",
@@ -247,6 +251,9 @@ def _merged(job: Job, quantised: str | None = None) -> ExportReport:
 
 def _packed(job: Job) -> ExportReport:
     """The merged model, verified in 16-bit and then written in NF4."""
+    class_model(
+        job.base.path, text_only=job.text_only
+    )  # one that cannot be built is refused before the merge
     goal = job.target
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{goal.name}.merged-", dir=goal.parent) as scratch:
@@ -254,7 +261,7 @@ def _packed(job: Job) -> ExportReport:
         report = _merged(step)
         stored = [name for name, one in weights_of(job).quantised.items() if isinstance(one, StoredNF4)]
         with StagedFolder(goal, job.overwrite) as staging:
-            count = write_packed(report.folder, staging, stored or None)
+            count = write_packed(report.folder, staging, job.base.path, stored or None)
             rows = verified(job, staging, against=None, deep=True) if job.verify else ()
             written = sum(path.stat().st_size for path in staging.iterdir())
     return replace(

@@ -245,9 +245,7 @@ def verify(
         return VerifyReport(Path(folder).expanduser().resolve(), "gguf", check_gguf(found, place))
     path = _existing(folder, "folder")
     _require_content(path)
-    source = _source_folder(_existing(against, "adapter folder")) if against is not None else None
-    if rows is not None and source is not None and _is_whole(source):
-        raise ConfigError(f"{against} is a whole model: nothing was trained on rows", fix="leave out --rows")
+    source = source_folder(against, rows) if against is not None else None
     base_path = _base_folder(base, source, path)
     if deep:
         options = ["--onto", onto]
@@ -339,11 +337,21 @@ def _require_content(path: Path) -> None:
     )
 
 
-def _source_folder(path: Path) -> Path:
-    """What a folder was made from: an adapter, here or in the only subfolder, or a whole model.
+def source_folder(against: str | Path, rows: Path | None) -> Path:
+    """What a folder was made from: an adapter, in ``against`` or its only subfolder, or a whole model.
 
-    PEFT puts named adapters one level down.
+    Raises:
+        ConfigError: a whole model, and ``rows`` to compare the loss on.
+        SourceError: there is neither.
     """
+    source = _source_folder(_existing(against, "adapter folder"))
+    if rows is not None and _is_whole(source):
+        raise ConfigError(f"{against} is a whole model: nothing was trained on rows", fix="leave out --rows")
+    return source
+
+
+def _source_folder(path: Path) -> Path:
+    """PEFT puts named adapters one level down."""
     if (path / ADAPTER_CONFIG).is_file():
         return path
     inner = sorted(config.parent for config in path.glob(f"*/{ADAPTER_CONFIG}"))

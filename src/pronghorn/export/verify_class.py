@@ -40,7 +40,7 @@ def class_agrees(folder: Path) -> Row:
     place = "cpu" if Folder(folder).config.get("quantization_config") else "meta"
     options = {"device_map": place, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        _, info = found.from_pretrained(folder, local_files_only=True, **options)
+        _, info = found.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, AssertionError) as error:
         said = " ".join(str(error).split())
         return Row(name, False, f"{found.__name__} cannot be loaded: {said[:300]}")

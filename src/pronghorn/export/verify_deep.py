@@ -402,7 +402,7 @@ def _tokenizer_home(adapter: Path, base: Path) -> Path:
 def _tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _tokenizer_row(folder: Path, trained_with: Path) -> Row:

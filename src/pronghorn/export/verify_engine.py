@@ -102,7 +102,7 @@ def _truth(view: Folder, engine: Engine) -> Truth:
     model = verify_model.load_model(view.path, kind)
     tokenizer = None
     if "tokenizer_config.json" in view.names:
-        tokenizer = AutoTokenizer.from_pretrained(view.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(view.path, local_files_only=True, trust_remote_code=False)
     ends = verify_model.end_ids(view, view)
     batches = verify_model.prompts(view, tokenizer)
     answers = tuple(verify_model.answer(model, batch, ends) for batch in batches)

@@ -61,7 +61,7 @@ def load_model(folder: Path, kind: Any = None, **placing: Any) -> Any:
     """
     found = kind or model_class(folder)
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    return found.from_pretrained(folder, **options, **placing).eval()
+    return found.from_pretrained(folder, trust_remote_code=False, **options, **placing).eval()
 
 
 def load_with_adapter(base: Path, adapter: Path) -> Any:

@@ -39,7 +39,7 @@ class Choice:
 
         A tower is named as a whole: transformers 4 takes "0" of a layer in it for the first of any layers.
         """
-        towers = {_tower(name) for name, reason in self.left.items() if reason == TOWER}
+        towers = {tower_of(name) for name, reason in self.left.items() if reason == TOWER}
         others = [name for name, reason in self.left.items() if reason != TOWER]
         return sorted({*towers, *skip_patterns(others, self.files)})
 
@@ -79,18 +79,17 @@ def choose(model: Any, stored: Collection[str], *, block: int = BLOCK) -> Choice
 def _reason(name: str, is_head: bool, float32: tuple[str, ...]) -> str | None:
     if is_head:
         return HEAD
-    if _TOWERS.search(name):
+    if tower_of(name):
         return TOWER
     if name.rpartition(".")[2] in _ROUTERS:
         return ROUTER
     return FLOAT32 if any(part in name.split(".") for part in float32) else None
 
 
-def _tower(module: str) -> str:
-    """The tower that a module lies in: ``model.visual`` of ``model.visual.blocks.0.attn.qkv``."""
+def tower_of(module: str) -> str:
+    """The tower that a module lies in, ``model.visual`` of ``model.visual.blocks.0.attn.qkv``; "" outside."""
     found = _TOWERS.search(module)
-    assert found is not None
-    return module[: found.end()] + module[found.end() :].partition(".")[0]
+    return module[: found.end()] + module[found.end() :].partition(".")[0] if found else ""
 
 
 def skip_patterns(left: Iterable[str], chosen: Collection[str]) -> list[str]:

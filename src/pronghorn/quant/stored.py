@@ -6,6 +6,7 @@ tell the same story, whatever the folder is called.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,6 +108,11 @@ class EncodedNF4:
             if not self._scales:
                 self._scales.append(nf4.scales_of(self._span, prod(self.entry.shape)))
             return self._scales[0]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weight holds neither NaN nor infinity; others are not encoded."""
+        return math.isfinite(self.scales().offset)  # the mean of all magnitudes
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Its tensors as bitsandbytes stores them, in the order of ``nf4.blank_tensors``; codes in pieces."""
