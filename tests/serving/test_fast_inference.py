@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +31,17 @@ from pronghorn.errors import (
     NotSupportedError,
     PronghornError,
 )
+from pronghorn.serving import fast_inference, vllm
 from pronghorn.serving.answers import sampling_fields
 from pronghorn.serving.fast_inference import EngineOptions, FastInference
+from pronghorn.serving.fast_inference import _digest as digest
 from pronghorn.serving.vllm import Engine, ServePlan, plan_engine
 from pronghorn.serving.vllm_process import VllmProcess
 from tests import four_bit, tiny
 
 ECHO = """
-import os, sys, time
+import os, subprocess, sys, time
+import __main__
 from types import SimpleNamespace as Thing
 
 __version__ = "0.0"
@@ -62,6 +69,13 @@ class LLM:
         if [666] in ids:
             print("the last words", file=sys.stderr, flush=True)
             os._exit(3)
+        if [667] in ids:
+            print("left behind", subprocess.Popen(["sleep", "60"]).pid, file=sys.stderr, flush=True)
+            os._exit(3)
+        if [668] in ids:
+            __main__.replies.write('{"outputs": [{"pro')
+            __main__.replies.flush()
+            os._exit(4)
         if [999] in ids:
             time.sleep(60)
         return [self.answer(*one) for one in zip(ids, sampling, lora_request)]
@@ -118,6 +132,11 @@ def ended(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+def ended_or_unreaped(pid: int) -> bool:
+    """What nobody waits for may stay in the table of processes."""
+    return ended(pid) or ") Z " in Path(f"/proc/{pid}/stat").read_text()
 
 
 def test_the_usual_notebook(
@@ -185,12 +204,18 @@ def test_what_was_asked_wrong_is_said_and_the_engine_goes_on(base: Path, echo: P
         ({"prompts": ["x", "y"], "sampling_params": [{}]}, "1 entries for 2 prompts"),
         ({"prompts": "x", "lora_request": "mine"}, "lora_request is a str"),
         ({"prompts": "x", "priority": 1}, "no keyword 'priority'"),
+        ({"prompts": {"prompt": "x", "cache_salt": "1"}}, "has 'cache_salt', which does not reach"),
+        ({"prompts": {"prompt_token_ids": [5], "multi_modal_data": {}}}, "has 'multi_modal_data'"),
+        ({"prompts": {"role": "user", "content": "x"}}, "apply_chat_template"),
+        ({"prompts": {"prompt_token_ids": None}}, "prompt_token_ids is 'None'"),
+        ({"prompts": {"prompt_token_ids": [1.5]}}, r"prompt_token_ids is '\[1.5\]'"),
     ):
         with pytest.raises(ConfigError, match=said):
             model.fast_generate(**asked)
     with pytest.raises(NotSupportedError, match="use_tqdm=True: the engine has a process of its own"):
         model.fast_generate("x", use_tqdm=True)
-    assert model.fast_generate([], use_tqdm=False) == []
+    told = model.fast_generate({"prompt": "x", "prompt_token_ids": [5]})[0]
+    assert (told.prompt, told.prompt_token_ids) == ("x", (5,))
     assert model.fast_generate("x")[0].outputs[0].text == "base"
     assert model._pronghorn_fast_inference._process is process
     model.stop_engine()
@@ -203,6 +228,45 @@ def test_an_engine_that_dies_says_its_last_lines_and_starts_again(base: Path, ec
     assert "noise on stdout" in str(caught.value) and caught.value.fix
     assert model.fast_generate("x")[0].outputs[0].text == "base"
     model.stop_engine()
+
+
+def test_what_a_dead_engine_started_ends_with_it(base: Path, echo: Path) -> None:
+    one = VllmProcess(Engine(echo, "0.0"), ServePlan(base, "base"))
+    with pytest.raises(PronghornError, match="left behind") as caught:
+        one.generate({"prompts": [[667]], "sampling": [None], "loras": [None]})
+    found = re.search(r"left behind (\d+)", str(caught.value))
+    assert found is not None
+    deadline = time.monotonic() + 20
+    while not ended_or_unreaped(int(found[1])):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_fork_leaves_the_engine_alone(base: Path, echo: Path) -> None:
+    one = VllmProcess(Engine(echo, "0.0"), ServePlan(base, "base"))
+    child = multiprocessing.get_context("fork").Process(target=one.stop)
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and one.alive
+    assert one.generate({"prompts": [[5]], "sampling": [None], "loras": [None]})
+    one.stop()
+
+
+def test_a_line_that_is_no_answer_is_quoted(base: Path, echo: Path, tmp_path: Path) -> None:
+    one = VllmProcess(Engine(echo, "0.0"), ServePlan(base, "base"))
+    with pytest.raises(PronghornError, match=r"it ended with code 4 after b'\{\"outputs\": \[\{\"pro'"):
+        one.generate({"prompts": [[668]], "sampling": [None], "loras": [None]})
+    assert not one.stop.alive
+    for said in ("hello from site", "7"):
+        (tmp_path / "site" / "sitecustomize.py").write_text(f"print({said!r}, flush=True)\n")
+        with pytest.raises(PronghornError, match=rf"it wrote b'{said}\\n' where an answer was due"):
+            VllmProcess(Engine(echo, "0.0"), ServePlan(base, "base"))
+
+
+def test_an_interpreter_that_is_gone(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(PronghornError, match=r"which had vLLM 0\.0, does not start: No such file") as caught:
+        VllmProcess(Engine(tmp_path / "python", "0.0"), ServePlan(base, "base"))
+    assert "vllm_python=PATH" in caught.value.fix
 
 
 def test_ctrl_c_ends_the_engine_and_the_next_question_is_answered(base: Path, echo: Path) -> None:
@@ -258,12 +322,60 @@ def test_adapters_are_checked_before_the_engine_sees_them(base: Path, echo: Path
     with pytest.raises(NotSupportedError, match="load_tensors=True: vLLM reads the adapter from its folder"):
         model.load_lora(wide, load_tensors=True)
     lora = model.load_lora(tiny.write_adapter(tmp_path / "fits", base, r=8))
+    gone = model.load_lora(shutil.copytree(lora.path, tmp_path / "gone"))
+    shutil.rmtree(gone.path)
+    with pytest.raises(AdapterError, match="is gone, or cannot be read") as caught:
+        model.fast_generate("x", lora_request=gone)
+    assert "load_lora again" in caught.value.fix
     twin = tiny.write_base(tmp_path / "twin", seed=1)
     with pytest.raises(AdapterError, match="was checked for the base"):
         loaded(twin, echo).fast_generate("x", lora_request=lora)
     with pytest.raises(ConfigError, match="r is 16, and the engine of fast_inference takes at most 8"):
         FastLanguageModel.get_peft_model(model, r=16)
-    assert model._pronghorn_fast_inference._process is None
+    assert model.fast_generate([]) == []
+    assert model._pronghorn_fast_inference._process is None, "nothing of this started it"
+
+
+def test_a_request_is_read_once_and_its_notes_are_told_once(
+    base: Path,
+    echo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = FastLanguageModel.get_peft_model(loaded(base, echo, load_in_4bit=True), accelerate=False)
+    model.save_pretrained(tmp_path / "mine")
+    capsys.readouterr()
+    lora = model.load_lora(tmp_path / "mine")
+    note = "the adapter was trained on the decoded NF4 values of"
+    assert capsys.readouterr().out.count(f"{tmp_path / 'mine'}: {note}") == 1
+    read: list[Path] = []
+    monkeypatch.setattr(fast_inference, "_digest", lambda folder: read.append(folder) or digest(folder))
+    answers = model.fast_generate(["x", "y", "z"], lora_request=[lora, None, lora])
+    assert [one.outputs[0].text for one in answers] == [lora.name, "base", lora.name]
+    assert read == [lora.path]
+    assert note not in capsys.readouterr().out
+    model.stop_engine()
+
+
+def test_what_the_engine_cannot_serve_is_refused_before_it_is_loaded(
+    base: Path, echo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = tiny.write_adapter(tmp_path / "wide", base, r=16)
+    with pytest.raises(ConfigError, match="r is 16, and the engine of fast_inference takes at most 8"):
+        loaded(wide, echo, max_lora_rank=8)
+    coded = tiny.write_base(tmp_path / "coded", auto_map={"AutoConfig": "code.Config"})
+    with pytest.raises(NotSupportedError, match=r"comes with Python code \(auto_map\), which vLLM"):
+        loaded(coded, echo, trust_remote_code=True)
+    with pytest.raises(NotSupportedError, match="does not load: vLLM reads no bitsandbytes"):
+        loaded(four_bit.write_base(tmp_path / "stored"), echo)
+    with pytest.raises(ConfigError, match="keys and values of 0 tokens, and contexts of 256") as caught:
+        loaded(base, echo, gpu_memory_utilization=0.001)
+    assert "larger gpu_memory_utilization" in caught.value.fix
+    assert capsys.readouterr().out == "", "no model was loaded"
+    model = loaded(wide, echo, max_lora_rank=16, trust_remote_code=True)
+    assert engine_of(model).plan().arguments["max_lora_rank"] == 16
 
 
 def test_keywords(base: Path, echo: Path) -> None:
@@ -275,8 +387,9 @@ def test_keywords(base: Path, echo: Path) -> None:
     assert "vllm_python=PATH" in caught.value.fix
     with pytest.raises(ConfigError, match="max_lora_rank is 1024"):
         loaded(base, echo, max_lora_rank=1024)
-    with pytest.raises(ConfigError, match=r"gpu_memory_utilization is 60"):
-        loaded(base, echo, gpu_memory_utilization=60)
+    for share in (60, "0.5", True):
+        with pytest.raises(ConfigError, match=f"gpu_memory_utilization is {share!r}"):
+            loaded(base, echo, gpu_memory_utilization=share)
     arguments = loaded(
         base, echo, gpu_memory_utilization=0.29, float8_kv_cache=True, dtype="float16", max_seq_length=32
     )._pronghorn_fast_inference.plan()
@@ -296,7 +409,7 @@ def test_a_model_without_an_engine_says_how_to_get_one(base: Path) -> None:
         assert WAY_OUT in caught.value.fix
 
 
-def test_a_base_in_4_bit(base: Path, echo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_in_4_bit(base: Path, echo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     model = loaded(base, echo, load_in_4bit=True)
     assert (
@@ -304,8 +417,6 @@ def test_a_base_in_4_bit(base: Path, echo: Path, tmp_path: Path, capsys: pytest.
         in capsys.readouterr().out
     )
     assert model._pronghorn_fast_inference.plan().arguments["dtype"] == "bfloat16"
-    with pytest.raises(NotSupportedError, match="does not load: vLLM reads no bitsandbytes"):
-        loaded(four_bit.write_base(tmp_path / "stored"), echo)
 
 
 def test_sampling_params_of_vllm_and_dicts() -> None:
@@ -322,6 +433,31 @@ def test_sampling_params_of_vllm_and_dicts() -> None:
     assert sampling_fields(None) is None
     with pytest.raises(NotSupportedError, match="prompt_logprob_token_ids: its answer is not carried over"):
         sampling_fields({"prompt_logprob_token_ids": [[1]]})
+
+
+def test_contexts_that_memory_is_short_of_are_told(
+    echo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.write_base(tmp_path / "long", max_position_embeddings=4096)
+    monkeypatch.setattr(vllm, "_cache_bytes", lambda text: 2**20)  # of a large model
+    monkeypatch.setattr(vllm, "available_bytes", lambda: 0)  # leaves vLLM 1 GiB
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    short = (
+        f"{base}: beside 0.0 GiB of weights there is memory for keys and values of 1024 tokens, and contexts"
+    )
+    model = loaded(base, echo, max_seq_length=2048)
+    capsys.readouterr()
+    model.fast_generate("x")
+    model.stop_engine()
+    said = capsys.readouterr().out
+    assert f"{short} of 2048 are asked for: free memory" in said and "max_model_len=1024" in said
+    (note,) = vllm.plan_serving(base).notes
+    assert note.startswith(f"{short} of 4096 are asked for: ") and "--max-model-len" in note
+    assert plan_engine(base, max_lora_rank=8, longest=1024).notes == ()
+    monkeypatch.setattr(vllm, "_cache_bytes", lambda text: 2**22)
+    with pytest.raises(ConfigError, match="keys and values of 256 tokens, and contexts of 2048") as caught:
+        model.fast_generate("x")
+    assert "smaller max_seq_length" in caught.value.fix
 
 
 def test_the_plan_of_a_base_whose_adapters_come_later(base: Path) -> None:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pronghorn.adapters.origin import base_of, origin_of
 from pronghorn.errors import ConfigError, NotSupportedError
 from pronghorn.fast.keywords import Refused, refuse
+from pronghorn.loading.options import LoadOptions
+from pronghorn.sources.resolve import resolve, resolve_base
+from pronghorn.sources.source import Source, SourceKind
 
 if TYPE_CHECKING:
     from pronghorn.serving.answers import RequestOutput
@@ -62,12 +65,35 @@ def engine_options(
     return EngineOptions(vllm=find_vllm(Path(python) if python else None), **said)
 
 
-def keep_engine(model: Any, options: EngineOptions | None) -> None:
-    """Keep on ``model`` how vLLM is started for it.
+def servable(name: str | Path, options: LoadOptions, engine: EngineOptions | None) -> str | Path | Source:
+    """What to load; with an ``engine``, checked by its headers before the minutes that loading takes.
 
     Raises:
-        NotSupportedError, SourceError, VerificationError: vLLM does not serve the base.
+        NotSupportedError, SourceError, AdapterError, VerificationError: vLLM does not serve the base.
+        ConfigError: the adapter's rank is above max_lora_rank, or there is no memory for the engine.
     """
+    if engine is None:
+        return name
+    from pronghorn.serving.vllm import plan_engine
+
+    code = options.trust_remote_code
+    source = resolve(name, revision=options.revision, token=options.token, trust_remote_code=code)
+    base = source
+    if source.kind is SourceKind.ADAPTER:
+        patterns = source.config.get("rank_pattern") or {}
+        _check_rank(max([source.config["r"], *patterns.values()]), engine)
+        base = resolve_base(source, base=options.base, token=options.token, trust_remote_code=code)
+    plan_engine(
+        base.path,
+        max_lora_rank=engine.max_lora_rank,
+        longest=options.max_seq_length,
+        memory_share=engine.gpu_memory_utilization,
+    )
+    return source
+
+
+def keep_engine(model: Any, options: EngineOptions | None) -> None:
+    """Keep on ``model`` how vLLM is started for it."""
     if options is None:
         return
     from pronghorn.serving.fast_inference import FastInference
@@ -90,9 +116,14 @@ def check_rank(model: Any, rank: int) -> None:
         ConfigError: ``rank`` is above max_lora_rank.
     """
     engine: FastInference | None = getattr(base_of(model), _ATTRIBUTE, None)
-    if engine is not None and rank > engine.options.max_lora_rank:
+    if engine is not None:
+        _check_rank(rank, engine.options)
+
+
+def _check_rank(rank: int, engine: EngineOptions) -> None:
+    if rank > engine.max_lora_rank:
         raise ConfigError(
-            f"r is {rank}, and the engine of fast_inference takes at most {engine.options.max_lora_rank}",
+            f"r is {rank}, and the engine of fast_inference takes at most {engine.max_lora_rank}",
             fix=f"from_pretrained(..., max_lora_rank={rank})",
         )
 

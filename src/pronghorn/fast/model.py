@@ -16,7 +16,7 @@ from pronghorn.adapters.options import ALL_LINEAR, DEFAULT_TARGETS, LoraOptions
 from pronghorn.adapters.origin import origin_of
 from pronghorn.adapters.targets import resolve_targets
 from pronghorn.errors import AdapterError, ConfigError, NotSupportedError
-from pronghorn.fast.generating import bind_generating, check_rank, engine_options, keep_engine
+from pronghorn.fast.generating import bind_generating, check_rank, engine_options, keep_engine, servable
 from pronghorn.fast.keywords import Refused, refuse
 from pronghorn.fast.saving import bind_saving
 from pronghorn.loading.load import load
@@ -126,7 +126,7 @@ class FastLanguageModel:
             revision=revision, token=token, trust_remote_code=trust_remote_code, recompute=recomputed,
             seed=random_state, base=base,
         )  # fmt: skip
-        model, tokenizer = load(model_name, options)
+        model, tokenizer = load(servable(model_name, options, engine), options)
         origin = origin_of(model)
         assert origin is not None, "load() keeps the origin on the model"
         origin.recompute = use_gradient_checkpointing

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class EngineOptions:
         rank, share = self.max_lora_rank, self.gpu_memory_utilization
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= ALLOWED_RANKS[-1]:
             raise ConfigError(f"max_lora_rank is {rank!r}", fix=f"use 1 to {ALLOWED_RANKS[-1]}")
-        if share is not None and not 0 < share <= 1:
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if share is not None and not (number and 0 < share <= 1):
             raise ConfigError(f"gpu_memory_utilization is {share!r}", fix="use a share above 0, at most 1")
 
 
@@ -64,24 +66,23 @@ class FastInference:
     """The engine of one model. Copies and pickles of it start without one."""
 
     def __init__(self, origin: Origin, dtype: str, options: EngineOptions) -> None:
-        """Check that vLLM serves the base; nothing is started.
-
-        Raises:
-            NotSupportedError, SourceError, VerificationError: vLLM does not serve the base.
-        """
+        """Nothing is started, and that vLLM serves the base was checked before it was loaded."""
         self.origin = origin
         self.dtype = dtype
         self.options = options
         self._process: VllmProcess | None = None
         self._ids: dict[str, int] = {}
-        self.plan()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the engine, which cannot be copied."""
         return {**self.__dict__, "_process": None}
 
     def plan(self) -> ServePlan:
-        """How the engine would be started now."""
+        """How the engine would be started now.
+
+        Raises:
+            ConfigError: there is no memory for it.
+        """
         options = self.options
         plan = plan_engine(
             self.origin.path,
@@ -105,6 +106,8 @@ class FastInference:
                 f"{folder} has rank {adapter.rank}, the engine takes at most {self.options.max_lora_rank}",
                 fix=f"from_pretrained(..., max_lora_rank={adapter.rank})",
             )
+        for note in adapter.notes:
+            print(f"{folder}: {note}")
         return LoraRequest(adapter.path, _digest(adapter.path), self.origin.path)
 
     def generate(
@@ -114,15 +117,20 @@ class FastInference:
 
         Raises:
             ConfigError: what was asked is malformed, or vLLM refuses it.
-            AdapterError: the adapter is of another base, or its folder has other content by now.
+            AdapterError: the adapter is of another base, or its folder has other content by now, or is gone.
             PronghornError: vLLM does not start, or ended.
         """
         given = prompts if isinstance(prompts, list | tuple) else [prompts]
-        texts, ids = zip(*map(self._encode, given), strict=True) if given else ((), ())
+        if not given:
+            return []
+        texts, ids = zip(*map(self._encode, given), strict=True)
+        requests = _each(lora_request, "lora_request", len(ids))
+        distinct = {id(one): one for one in requests}  # each is a whole file to read
+        loras = {key: self._lora(one) for key, one in distinct.items()}
         asked = {
             "prompts": ids,
             "sampling": [sampling_fields(one) for one in _each(sampling_params, "sampling_params", len(ids))],
-            "loras": [self._lora(one) for one in _each(lora_request, "lora_request", len(ids))],
+            "loras": [loras[id(one)] for one in requests],
         }
         answers = self._running().generate(asked)
         return [request_output(text, one) for text, one in zip(texts, answers, strict=True)]
@@ -135,23 +143,32 @@ class FastInference:
 
     def _running(self) -> VllmProcess:
         if self._process is None or not self._process.alive:
+            self.stop()  # what a crashed one has started may be there, and hold memory
             plan, started = self.plan(), time.monotonic()
             print(f"vLLM {self.options.vllm.version} starts: {plan.python()}")
+            for note in plan.notes:
+                print(note)
             self._process = VllmProcess(self.options.vllm, plan)
             print(f"ready after {time.monotonic() - started:.0f} s")
         return self._process
 
     def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
         """A prompt's text, where it has one, and its token ids by the tokenizer of training."""
-        if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
-            return None, list(map(int, prompt["prompt_token_ids"]))
-        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-        if not isinstance(text, str):
+        given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        text: Any = given.get("prompt")
+        if not isinstance(text, str) and "prompt_token_ids" not in given:
             raise ConfigError(
                 f"a prompt is {str(prompt)[:80]!r}",
                 fix='give text or {"prompt_token_ids": [...]}; a conversation becomes text by '
                 "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
             )
+        for key in given.keys() - {"prompt", "prompt_token_ids"}:
+            raise ConfigError(
+                f"a prompt has {key!r}, which does not reach the engine",
+                fix="leave it out; pronghorn serve starts vLLM's own server, which takes all that vLLM does",
+            )
+        if "prompt_token_ids" in given:
+            return text, _integers(given["prompt_token_ids"])
         tokenizer = self.origin.tokenizer
         # a rendered chat begins with the token that the tokenizer would put before it once more
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -169,13 +186,29 @@ class FastInference:
                 f"{request.path} was checked for the base {request.base}, this model's is {self.origin.path}",
                 fix="load_lora of this model",
             )
-        if _digest(request.path) != request.digest:
+        try:
+            digest = _digest(request.path)
+        except OSError as error:
+            raise AdapterError(
+                f"{request.path} is gone, or cannot be read: {error.strerror}",
+                fix="save it and load_lora again",
+            ) from error
+        if digest != request.digest:
             raise AdapterError(
                 f"{request.path} has other content than when load_lora read it",
                 fix="load_lora again, or save each adapter into a folder of its own",
             )
         number = self._ids.setdefault(request.digest, len(self._ids) + 1)
         return {"name": request.name, "id": number, "path": str(request.path)}
+
+
+def _integers(ids: Any) -> list[int]:
+    try:
+        return [index(one) for one in ids]
+    except TypeError as error:
+        raise ConfigError(
+            f"prompt_token_ids is {str(ids)[:80]!r}", fix="give one list of integers for each prompt"
+        ) from error
 
 
 def _each(given: Any, name: str, count: int) -> Sequence[Any]:

@@ -43,6 +43,12 @@ _GIB = 2**30
 # beyond the weights: activations, CUDA graphs, the runtime
 _RESERVED_BYTES = 2 * _GIB
 _LARGEST_SHARE, _CPU_CACHE_GIB = 0.92, 4
+_FEWEST_TOKENS = 256  # a shorter context answers nothing
+_MORE_BESIDE = "free memory, give a larger gpu_memory_utilization or a smaller max_seq_length"
+_MORE_TO_SERVE = (
+    "where there is more memory, raise --gpu-memory-utilization (on a CPU VLLM_CPU_KVCACHE_SPACE) and "
+    "--max-model-len"
+)
 _INT8_LAYOUT = "int-quantized"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _INSTALL = (
@@ -61,7 +67,7 @@ class ServePlan:
 
     ``model`` is the folder vLLM loads; with ``adapter``, requests name the model ``name`` to get it.
     ``arguments`` are keyword arguments of ``LLM``; ``environment`` variables to set; ``notes`` are what the
-    answers depend on and no check can decide, in words.
+    answers depend on and no check can decide, and where memory is short, in words.
     """
 
     model: Path
@@ -112,17 +118,19 @@ def plan_serving(folder: str | Path, *, base: str | Path | None = None, name: st
     path = Path(folder).expanduser()
     if not (path / ADAPTER_CONFIG).is_file() or (path / BASE_CONFIG).is_file():
         _check_model(path)
-        arguments, environment = _resources(path.resolve())
-        return ServePlan(path.resolve(), name or path.resolve().name, None, arguments, environment)
+        arguments, environment, short = _resources(path.resolve())
+        notes = _room_notes(short, _MORE_TO_SERVE)
+        return ServePlan(path.resolve(), name or path.resolve().name, None, arguments, environment, notes)
     adapter = servable_adapter(path, base=base)
-    arguments, environment = _with_adapters(adapter.base, adapter.rank)
+    arguments, environment, short = _with_adapters(adapter.base, adapter.rank)
     if (adapter.path / "tokenizer_config.json").is_file():
         arguments["tokenizer"] = str(adapter.path)  # vLLM does not look for one beside an adapter
     if not torch.cuda.is_available():
         # vLLM's CPU kernels apply the last slot to requests of the base beside an adapter's: it stays empty
         arguments["max_loras"] = 2
     name = name or adapter.path.name
-    return ServePlan(adapter.base.path, name, adapter.path, arguments, environment, adapter.notes)
+    notes = adapter.notes + _room_notes(short, _MORE_TO_SERVE)
+    return ServePlan(adapter.base.path, name, adapter.path, arguments, environment, notes)
 
 
 def plan_engine(
@@ -137,11 +145,19 @@ def plan_engine(
         memory_share: Of the accelerator's memory, or of the host's where there is none; None is what is free.
 
     Raises:
-        NotSupportedError, SourceError, VerificationError: as ``plan_serving``.
+        NotSupportedError, SourceError, VerificationError: as ``plan_serving``; or it comes with code.
+        ConfigError: memory is left for no more than 256 tokens.
     """
-    arguments, environment = _with_adapters(resolve(base), max_lora_rank, memory_share)
-    arguments["max_model_len"] = min(arguments["max_model_len"], longest or arguments["max_model_len"])
-    return ServePlan(base, base.name, None, arguments, environment)
+    source = resolve(base, trust_remote_code=True)  # its code is not run, and refused below
+    if source.config.get("auto_map"):
+        raise NotSupportedError(
+            f"{base} comes with Python code (auto_map), which vLLM is not told to run",
+            fix="leave fast_inference out; generate(...) answers without vLLM",
+        )
+    arguments, environment, short = _with_adapters(source, max_lora_rank, memory_share, longest)
+    if short and arguments["max_model_len"] <= _FEWEST_TOKENS:
+        raise ConfigError(short, fix=_MORE_BESIDE)
+    return ServePlan(base, base.name, None, arguments, environment, _room_notes(short, _MORE_BESIDE))
 
 
 @dataclass(frozen=True)
@@ -183,15 +199,15 @@ def servable_adapter(folder: str | Path, *, base: str | Path | None = None) -> S
 
 
 def _with_adapters(
-    base: Source, rank: int, memory_share: float | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Arguments and environment of an engine for ``base`` and adapters of up to ``rank``."""
+    base: Source, rank: int, memory_share: float | None = None, longest: int | None = None
+) -> tuple[dict[str, Any], dict[str, str], str]:
+    """As ``_resources``, for ``base`` and adapters of up to ``rank``."""
     _check_engine(base.path, verify(base.path))
     _check_adapters(base.path, base.config)
-    arguments, environment = _resources(base.path, memory_share)
+    arguments, environment, short = _resources(base.path, memory_share, longest)
     most = min(arguments["max_num_batched_tokens"], MOST_BATCHED_TOKENS)
     lora = {"enable_lora": True, "max_lora_rank": max_lora_rank(rank)}
-    return {**arguments, "max_num_batched_tokens": most, **lora}, environment
+    return {**arguments, "max_num_batched_tokens": most, **lora}, environment, short
 
 
 def _check_model(path: Path) -> None:
@@ -227,8 +243,10 @@ def _check_adapters(base: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _resources(model: Path, memory_share: float | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Context, tokens per step and memory for a model on this machine."""
+def _resources(
+    model: Path, memory_share: float | None = None, longest: int | None = None
+) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Arguments and environment for a model on this machine, and in words where memory is short."""
     config = read_json(model / BASE_CONFIG)
     text = config.get("text_config") or config
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -247,11 +265,19 @@ def _resources(model: Path, memory_share: float | None = None) -> tuple[dict[str
         gibibytes = max(1, min(_CPU_CACHE_GIB, room))
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(gibibytes)
         cache = gibibytes * _GIB
-    longest = text.get("max_position_embeddings") or _USUAL_BATCHED_TOKENS
-    fits = max(256, cache // per_token // 16 * 16)
-    arguments["max_model_len"] = min(int(longest), fits)
+    own = int(text.get("max_position_embeddings") or _USUAL_BATCHED_TOKENS)
+    wanted, fits = min(own, longest or own), max(0, cache // per_token // 16 * 16)
+    arguments["max_model_len"] = min(wanted, max(_FEWEST_TOKENS, fits))
     arguments["max_num_batched_tokens"] = _USUAL_BATCHED_TOKENS
-    return arguments, environment
+    told = (
+        f"{model}: beside {weights / _GIB:.1f} GiB of weights there is memory for keys and values of {fits} "
+        f"tokens, and contexts of {wanted} are asked for"
+    )
+    return arguments, environment, told if fits < wanted else ""
+
+
+def _room_notes(short: str, more: str) -> tuple[str, ...]:
+    return (f"{short}: {more}",) if short else ()
 
 
 def _cache_bytes(text: Mapping[str, Any]) -> int:

@@ -31,19 +31,27 @@ class VllmProcess:
         """Start ``plan`` and wait until it answers.
 
         Raises:
-            PronghornError: vLLM refuses, ends, or is not ready in time; its own last lines say why.
+            PronghornError: vLLM refuses, ends, or is not ready in time; its own last lines say why. Or its
+                interpreter is gone.
         """
         self._lock = Lock()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
-        self._process = subprocess.Popen(
-            [engine.python, _PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**ENVIRONMENT, **_OFFLINE, **plan.environment, **os.environ},
-            start_new_session=True,  # Ctrl+C is for the notebook, which decides what becomes of the engine
-        )
-        self.stop = weakref.finalize(self, _end, self._process)
+        try:
+            self._process = subprocess.Popen(
+                [engine.python, _PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**ENVIRONMENT, **_OFFLINE, **plan.environment, **os.environ},
+                start_new_session=True,  # Ctrl+C is for the notebook, which decides about the engine
+            )
+        except OSError as error:
+            raise PronghornError(
+                f"{engine.python}, which had vLLM {engine.version}, does not start: {error.strerror}",
+                fix="install vLLM there again, or name another interpreter: "
+                "from_pretrained(..., vllm_python=PATH)",
+            ) from error
+        self.stop = weakref.finalize(self, _end, self._process, os.getpid())
         self.version = engine.version
         self.ready_seconds = ready_seconds
         self._ask(json.dumps({"llm": {"model": str(plan.model), **plan.arguments}}), self._await_start)
@@ -83,7 +91,7 @@ class VllmProcess:
             except BaseException:
                 self.stop()  # an answer nobody waited for would be taken for that of the next question
                 raise
-        answer: dict[str, Any] = json.loads(line) if line else self._ended()
+        answer = _parsed(line) or {"error": self._broken(line)}
         if answer.get("goes_on"):
             raise ConfigError(f"vLLM refuses it: {answer['error']}", fix="ask otherwise; the engine goes on")
         if "error" in answer:
@@ -106,25 +114,41 @@ class VllmProcess:
                 fix="pronghorn doctor --vllm-python PATH compares versions",
             )
 
-    def _ended(self) -> dict[str, Any]:
+    def _broken(self, line: bytes) -> str:
+        """What a line is that is no answer."""
+        if line.endswith(b"\n"):
+            return f"it wrote {line[:200]!r} where an answer was due"
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
-        return {"error": f"it ended with code {self._process.poll()}"}
+        return f"it ended with code {self._process.poll()}" + (f" after {line[:200]!r}" if line else "")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it started; in a fork of ours it is not there, and nothing happens."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """An answer of the program; None for what else is there, such as what was printed before it ran."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) and answer.keys() & {"ready", "outputs", "error"} else None
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    """End the process and what it started, which may outlive it; in a fork of ``owner`` nothing happens."""
+    if os.getpid() == owner:
+        _signal(process, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _signal(process, signal.SIGKILL)
+        process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(OSError):  # a question that it did not read
                 pipe.close()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(process.pid, number)
 
 
 def _last_lines(log: IO[bytes]) -> str:
