@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.families.table import FAMILIES, MLP_OR_EXPERTS, Row, examine
 
@@ -48,7 +49,10 @@ def test_every_part_is_replaced_or_left_with_a_reason(family: str) -> None:
 
 @pytest.mark.parametrize("family", QUICK)
 def test_the_documented_row_is_what_happens(family: str) -> None:
-    assert str(row(family)) in DOCUMENT.read_text().splitlines()
+    text = DOCUMENT.read_text()
+    if f"transformers {transformers.__version__}," not in text:
+        pytest.skip(f"the table is of another transformers than {transformers.__version__}")
+    assert str(row(family)) in text.splitlines()
 
 
 def test_the_documented_sums_are_those_of_the_goal() -> None:

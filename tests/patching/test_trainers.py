@@ -70,3 +70,21 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         found.append(losses(trainer))
     assert found[1] == pytest.approx(found[0], rel=1e-3)
     assert all(forward.calls for forward in report.forwards["mlp"])
+
+
+def test_a_forward_that_keeps_its_logits_where_there_are_labels() -> None:
+    """As TRL 1.4 to 1.14 puts one on a model."""
+    model = adapted()
+    base = model.get_base_model()
+    plain = base.forward
+
+    def forward(labels: Any = None, **inputs: Any) -> Any:
+        out = plain(labels=labels, **inputs)
+        if labels is not None:
+            out.logits = None
+        return out
+
+    base.forward = forward
+    report = accelerate(model)
+    assert report.model_check.startswith("equal"), report.model_check
+    assert report.count("mlp") == (2, 2)

@@ -61,18 +61,18 @@ def test_all_is_synced_before_the_name_appears_and_the_name_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    real_sync, real_rename = os.fsync, os.rename
+    real_sync, real_rename = os.fsync, Path.rename
 
     def fsync(descriptor: int) -> None:
         events.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
         real_sync(descriptor)
 
-    def rename(source: Any, target: Any, **kwargs: Any) -> None:
-        events.append(f"rename {Path(target).name}")
-        real_rename(source, target, **kwargs)
+    def rename(source: Path, target: Path) -> Path:
+        events.append(f"rename {target.name}")
+        return real_rename(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(Path, "rename", rename)
     sealed(tmp_path)
     named = events.index("rename step-1")
     assert {f"sync {name}" for name in (*REQUIRED_FILES, MANIFEST_NAME)} <= set(events[:named])

@@ -42,7 +42,7 @@ def groups_are_fused() -> bool:
 
 @cache
 def _sdpa_drops_caps() -> bool:
-    """Whether transformers' ``sdpa`` takes a soft cap and computes without it (up to 5.17) or refuses it."""
+    """Whether transformers' ``sdpa`` takes a soft cap and computes without it (up to 5.20) or refuses it."""
     one = torch.zeros(1, 1, 1, 8)
     try:
         ALL_ATTENTION_FUNCTIONS["sdpa"](nn.Module(), one, one, one, None, softcap=1.0)

@@ -140,9 +140,19 @@ def loss_and_grads(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
         torch.manual_seed(1)
         out = model(**batch, use_cache=False)
         grads = torch.autograd.grad(out.loss, leaves, allow_unused=True) if leaves else ()
-        tokens = _token_losses(out.logits, batch["labels"])
+        tokens = _token_losses(_logits(model, batch, out), batch["labels"])
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
     return [tokens, *filled, out.loss.detach().float() - tokens.mean()]
+
+
+def _logits(model: Any, batch: dict[str, Tensor], out: Any) -> Tensor:
+    """The forward that TRL 1.4 to 1.14 puts on a model keeps them to itself where there are labels."""
+    if out.logits is None:
+        torch.manual_seed(1)  # the same dropout
+        with torch.no_grad():
+            out = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+    logits: Tensor = out.logits
+    return logits
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:

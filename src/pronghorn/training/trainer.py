@@ -130,7 +130,9 @@ def sft_arguments(config: RunConfig, schedule: Schedule, scratch: Path, model: A
         "remove_unused_columns": False,  # the lengths of bins are used, by the collator
         "router_aux_loss_coef": 0.0,  # a mean per forward pass: it would depend on how the batch is cut
     }
-    optional = {"logging_dir", "router_aux_loss_coef"}
+    if _fused_head() is None:
+        options["loss_type"] = "nll"  # from 1.4 to 1.14 TRL's own default takes the place of the model's loss
+    optional = {"logging_dir", "router_aux_loss_coef", "loss_type"}
     with _mixed_precision(bf16):
         return SFTConfig(
             **{name: value for name, value in options.items() if name in known or name not in optional}
@@ -347,12 +349,19 @@ def first_names(names: list[str]) -> str:
 
 def add_fused_head(base: Any) -> bool:
     """Put TRL's fused head on a model as its trainer does; False where TRL has none (before 1.15)."""
+    add = _fused_head()
+    if add is not None:
+        add(base, outputs=("log_probs", "entropy", "is_top1"))
+    return add is not None
+
+
+def _fused_head() -> Any:
+    """TRL's function for it, None where there is none."""
     try:
         from trl.trainer.utils import add_fused_lm_head
     except ImportError:
-        return False
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    return True
+        return None
+    return add_fused_lm_head
 
 
 def read_for_metrics(logits: Any) -> None:
