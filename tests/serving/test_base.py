@@ -137,24 +137,34 @@ def packed_in_8_bits(held: dict[str, torch.Tensor]) -> None:
         held[name] = torch.cat([held[name], held[name]], 1)
 
 
-FOREIGN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], dict[str, object], str]] = {
-    "fp8, a scale per tensor": ("fp8", rescaled, {"strategy": "tensor"}, "strategy 'tensor'"),
-    "w4a16 with zero points": ("w4a16", with_zero_points, {"symmetric": False}, "symmetric False"),
-    "w8a16": ("w4a16", packed_in_8_bits, {"num_bits": 8}, "num_bits 8"),
-}
+def with_input_scales(held: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in held if name.endswith(".weight_scale")]:
+        held[name.replace("weight_scale", "input_global_scale")] = torch.ones(1)
+
+
+# made of, how, part of the group, what it says there, what is told
+FOREIGN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str, dict[str, object], str]] = {
+    "fp8, a scale per tensor": ("fp8", rescaled, "weights", {"strategy": "tensor"}, "strategy 'tensor'"),
+    "w4a16 with zero points": ("w4a16", with_zero_points, "weights", {"symmetric": False}, "symmetric False"),
+    "w8a16": ("w4a16", packed_in_8_bits, "weights", {"num_bits": 8}, "num_bits 8"),
+    "nvfp4 with inputs in 4 bit": (
+        "nvfp4", with_input_scales, "input_activations", {"num_bits": 4, "dynamic": "local"}, "a stored scale"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_foreign_codes_are_not_known_and_no_base_of_adapters(
     base: Path, adapter: Path, quantised: dict[str, Path], tmp_path: Path, case: str
 ) -> None:
-    name, change, weights, told = FOREIGN[case]
+    name, change, part, says, told = FOREIGN[case]
     folder = Path(shutil.copytree(quantised[name], tmp_path / "foreign"))
     edit_weights(folder, change)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"].update(weights)
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group[part] = {**(group[part] or {}), **says}
     edit_json(folder / "config.json", **config)
-    told = rf"{told} in the layout '.*'"
+    told = rf"{told}.* in the layout '.*'"
     report = verify(folder)
     assert all(row.ok is not False for row in report.rows), str(report)
     (parts,) = (row for row in report.rows if row.name == "every quantised weight has all its parts")

@@ -85,7 +85,7 @@ def foreign(folder: Folder) -> str:
         for key, known in read.items():
             if (value := _part(group, "weights").get(key)) not in known:
                 return f"{key} {value!r} in the layout {layout!r}"
-        if _part(group, "input_activations").get("dynamic") is False:
+        if (inputs := _part(group, "input_activations")) and inputs.get("dynamic") is not True:
             return f"a stored scale of inputs in the layout {layout!r}"
     return ""
 
