@@ -15,13 +15,13 @@ from pronghorn.errors import NotSupportedError
 from pronghorn.export.onto import MergeFormat
 from pronghorn.export.run import export
 from pronghorn.export.verify import verify
-from pronghorn.export.verify_codes import coded
-from pronghorn.export.verify_decode import load_decoded
+from pronghorn.export.verify_codes import coded, codes_complete
+from pronghorn.export.verify_decode import DecodedWeights, load_decoded
 from pronghorn.export.verify_deep import compute_promises
 from pronghorn.export.verify_folder import Folder
 from pronghorn.export.verify_stream import compare_weights
 from tests import multimodal
-from tests.export.damage import edit_json
+from tests.export.damage import edit_json, edit_weights
 from tests.export.test_multimodal import logits
 from tests.export.test_quantized import tensors
 from tests.multimodal import BASES
@@ -95,6 +95,26 @@ def test_a_config_that_does_not_nest_is_multimodal_too(tmp_path: Path) -> None:
     export(base, tmp_path / "out", format="w8a8", verify=False)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["quantization_config"]["ignore"] == [*BESIDE["qwen2_5_vl"], "lm_head"]
+
+
+@pytest.mark.parametrize("tower", ["audio_tower", "image_proj"])
+@pytest.mark.parametrize(
+    ("ignore", "told"), [("vision", True), ("own name", False), (r"re:.*{tower}\..*", False)]
+)
+def test_every_kind_of_tower_is_looked_at(
+    folders: dict[str, Path], tmp_path: Path, tower: str, ignore: str, told: bool
+) -> None:
+    folder = Path(shutil.copytree(folders["w4a16"], tmp_path / "folder"))
+    name = f"thinker.{tower}.layers.0.fc1"
+    edit_weights(folder, lambda held: held.update({f"{name}.weight": torch.zeros(8, 8).bfloat16()}))
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    own = {"vision": [], "own name": [name]}.get(ignore, [ignore.format(tower=tower)])
+    settings["ignore"] += own
+    edit_json(folder / "config.json", quantization_config=settings)
+    row = codes_complete(Folder(folder))
+    assert (f"{tower}.layers.0.fc1 is in 16 bit and not in" in row.detail) == told, row
+    kept = {f"{name}.weight": torch.ones(8, 8)}
+    assert torch.equal(DecodedWeights(Folder(folder), kept)[f"{name}.weight"], torch.ones(8, 8))
 
 
 def test_families_that_are_not_proven_are_refused(tmp_path: Path) -> None:

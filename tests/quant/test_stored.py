@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from pronghorn.errors import NotSupportedError, SourceError
 from pronghorn.ops.packed import Packed, Scales, decode
 from pronghorn.quant import nf4
-from pronghorn.quant.stored import EncodedNF4, quantization_of, stored_4bit
+from pronghorn.quant.stored import EncodedNF4, stored_4bit
+from pronghorn.sources.bounds import quantization_of
 from pronghorn.sources.resolve import resolve
 from pronghorn.weights.folder import open_weights
 from tests import four_bit, tiny

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pronghorn import LoraOptions, attach_lora, load
@@ -17,13 +18,17 @@ from pronghorn.cli.main import app
 from pronghorn.errors import AdapterError, NotSupportedError, VerificationError
 from pronghorn.export.run import export
 from pronghorn.export.verify import verify
+from pronghorn.export.verify_codes import coded
+from pronghorn.export.verify_deep import compute_promises
 from pronghorn.export.verify_engines import VLLM, Refusal, judge_refused
+from pronghorn.export.verify_folder import Folder
 from pronghorn.serving import vllm_check
 from pronghorn.serving.card import Result, model_card
 from pronghorn.serving.vllm import plan_serving
+from pronghorn.sources.resolve import is_compressed, resolve
 from pronghorn.weights.folder import fingerprint, open_weights
 from tests import four_bit, tiny
-from tests.export.damage import drop
+from tests.export.damage import DROP, drop, edit_json, edit_weights
 
 # relative distance of normal values to their codes: half a step of 15 levels, 3 bits of mantissa, 7 numbers
 ROUNDING = {"w4a16": (0.07, 0.13), "fp8": (0.02, 0.035), "nvfp4": (0.07, 0.13)}
@@ -88,6 +93,107 @@ def test_another_model_quantised_is_told_by_its_values(base: Path, adapter: Path
     assert "--base" in caught.value.fix
     with pytest.raises(AdapterError, match="is not the base the adapter"):
         plan_serving(adapter, base=other)
+
+
+def test_values_that_are_not_finite_are_no_rounding(
+    adapter: Path, quantised: dict[str, Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = Path(shutil.copytree(quantised["fp8"], tmp_path / "broken"))
+    edit_weights(broken, lambda held: held[f"{name}_scale"][3].fill_(torch.nan))
+    with pytest.raises(AdapterError, match=rf"{name} has values in {broken} that are not finite"):
+        plan_serving(adapter, base=broken)
+
+
+@pytest.mark.parametrize("stored", ["16 bit", "nf4"])
+def test_a_matrix_of_another_shape_is_of_another_model(tmp_path: Path, stored: str) -> None:
+    write = four_bit.write_base if stored == "nf4" else four_bit.write_full
+    trained = write(tmp_path / "trained", intermediate_size=128)
+    other = tiny.write_base(tmp_path / "other")
+    adapter = tiny.write_adapter(tmp_path / "adapter", other, target_modules=["q_proj"])
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(trained))
+    idle = tiny.write_adapter(tmp_path / "idle", other, scale=0.0)
+    fp8 = export(idle, tmp_path / "fp8", format="fp8", verify=False).folder
+    told = rf"{fp8} is not {trained} quantised: model\..*_proj\.weight is \[\d+, \d+\], there \[64, 128\]"
+    with pytest.raises(AdapterError, match=told) as caught:
+        plan_serving(adapter, base=fp8)
+    assert "--base" in caught.value.fix
+
+
+def rescaled(held: dict[str, torch.Tensor]) -> None:
+    """One scale per tensor, in FP8."""
+    for name in [name for name in held if name.endswith(".weight_scale")]:
+        held[name] = held[name].amax().reshape(1)
+
+
+def with_zero_points(held: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in held if name.endswith(".weight_scale")]:
+        rows, groups = held[name].shape
+        held[name.replace("scale", "zero_point")] = torch.zeros(rows // 8, groups, dtype=torch.int32)
+
+
+def packed_in_8_bits(held: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in held if name.endswith(".weight_packed")]:
+        held[name] = torch.cat([held[name], held[name]], 1)
+
+
+def with_input_scales(held: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in held if name.endswith(".weight_scale")]:
+        held[name.replace("weight_scale", "input_global_scale")] = torch.ones(1)
+
+
+# made of, how, part of the group, what it says there, what is told
+FOREIGN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str, dict[str, object], str]] = {
+    "fp8, a scale per tensor": ("fp8", rescaled, "weights", {"strategy": "tensor"}, "strategy 'tensor'"),
+    "w4a16 with zero points": ("w4a16", with_zero_points, "weights", {"symmetric": False}, "symmetric False"),
+    "w8a16": ("w4a16", packed_in_8_bits, "weights", {"num_bits": 8}, "num_bits 8"),
+    "nvfp4 with inputs in 4 bit": (
+        "nvfp4", with_input_scales, "input_activations", {"num_bits": 4, "dynamic": "local"}, "a stored scale"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_codes_are_not_known_and_no_base_of_adapters(
+    base: Path, adapter: Path, quantised: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    name, change, part, says, told = FOREIGN[case]
+    folder = Path(shutil.copytree(quantised[name], tmp_path / "foreign"))
+    edit_weights(folder, change)
+    config = json.loads((folder / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group[part] = {**(group[part] or {}), **says}
+    edit_json(folder / "config.json", **config)
+    told = rf"{told}.* in the layout '.*'"
+    report = verify(folder)
+    assert all(row.ok is not False for row in report.rows), str(report)
+    (parts,) = (row for row in report.rows if row.name == "every quantised weight has all its parts")
+    assert parts.ok is None and re.match(rf"{told} is not known here", parts.detail), parts
+    (deep,) = compute_promises(folder, adapter, base)
+    assert deep.ok is None and re.match(told, deep.detail), deep
+    outcomes = {report.engine(engine).outcome for engine in ("transformers 4", "transformers 5", "vllm")}
+    assert outcomes == {"unclear"}
+    assert "--format w4a16" in report.engine("vllm").fixes[0]
+    with pytest.raises(NotSupportedError, match=rf"{folder} is quantised with {told}") as caught:
+        plan_serving(adapter, base=folder)
+    assert "symmetric codes and a scale per group or row" in caught.value.fix
+    assert plan_serving(folder).model == folder, "by itself: vLLM may have code for it"
+    (fits,) = (row for row in verify(adapter, base=folder).rows if row.name == "every module is in the base")
+    assert fits.ok is None and re.match(told, fits.detail)
+
+
+def test_a_nested_quantization_config_is_one(
+    adapter: Path, quantised: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(quantised["w8a8"], tmp_path / "nested"))
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    nested = {"quantization_config": settings}
+    edit_json(folder / "config.json", quantization_config=DROP, language_config=nested)
+    assert is_compressed(resolve(folder, to_serve=True))
+    assert len(coded(Folder(folder))) == 14
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(NotSupportedError, match=r"8-bit integers \(w8a8\)"):
+        plan_serving(adapter, base=folder)
 
 
 def test_an_adapter_is_not_applied_twice(adapter: Path, tmp_path: Path) -> None:

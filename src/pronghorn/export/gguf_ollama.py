@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.errors import NotSupportedError
+from pronghorn.errors import ExportError, NotSupportedError
 from pronghorn.export.gguf_tokens import TokenPlan
-from pronghorn.export.verify_render import EndlessError, RenderError, rendered_each
+from pronghorn.export.verify_render import EndlessError, RenderError, UnrenderedError, rendered_each
 
 MODELFILE = "Modelfile"
 Turns = tuple[tuple[str, str], ...]
@@ -95,6 +95,7 @@ def find_pieces(fast: Any, template: str) -> Pieces | None:
 
     Raises:
         NotSupportedError: the template does not end, or fills memory or disk.
+        ExportError: the process that renders it failed.
     """
     try:
         said = _Said(fast, template)
@@ -102,6 +103,11 @@ def find_pieces(fast: Any, template: str) -> Pieces | None:
         raise NotSupportedError(
             f"the chat template does not render a short conversation: {error}",
             fix="take the chat template of the base, or remove it from the folder",
+        ) from error
+    except UnrenderedError as error:
+        raise ExportError(
+            f"the chat template could not be rendered: {error}",
+            fix="make room for the process that renders it, and export again",
         ) from error
     for find in (_apart, _joined):
         try:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pronghorn.errors import ExportError
-from pronghorn.quant.stored import StoredNF4, quantization_of, stored_4bit
+from pronghorn.quant.stored import StoredNF4, stored_4bit
+from pronghorn.sources.bounds import quantization_of
 from pronghorn.sources.record import read_record
 from pronghorn.sources.resolve import resolve, resolve_base
 from pronghorn.sources.source import Source, SourceKind

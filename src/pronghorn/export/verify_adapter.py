@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pronghorn.export.verify_codes import plain_tensors
+from pronghorn.export.verify_codes import TOWER, foreign, plain_tensors
 from pronghorn.export.verify_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -99,6 +99,8 @@ def pairs_fit(folder: Folder) -> Finding:
 def pairs_fit_base(folder: Folder) -> Finding:
     """Every adapted module is in the base, with the widths of A and B; quantised weights count decoded."""
     assert folder.base is not None
+    if unknown := foreign(folder.base):
+        return None, f"{unknown}, the base's, is not known here"
     shapes = {name: shape for name, (shape, _) in plain_tensors(folder.base).items()}
     base = {tail(name.removesuffix(".weight")): shape for name, shape in shapes.items()}
     known = {_kind(module) for module in base}
@@ -130,7 +132,7 @@ def tail(module: str) -> str:
     The layers of an image or sound tower keep a prefix of their own.
     """
     match = re.search(r"(?:layers|h|blocks)\.\d+\..+$|(?:embed_tokens|wte|norm|lm_head)(?:\.\w+)?$", module)
-    tower = "tower." if re.search(r"(^|\.)(vision|visual|audio|multi_modal_projector)", module) else ""
+    tower = "tower." if TOWER.search(module) else ""
     return tower + match[0] if match else module
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pronghorn.export.verify_folder import Folder, Row, verdict
+from pronghorn.export.verify_folder import Folder, Row, quantization, verdict
 
 _KINDS = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
 
@@ -37,7 +37,7 @@ def class_agrees(folder: Path) -> Row:
     if found is None:
         return Row(name, None, f"transformers {transformers.__version__} has no class {named}")
     # 4-bit tensors cannot be put together on the meta device
-    place = "cpu" if Folder(folder).config.get("quantization_config") else "meta"
+    place = "cpu" if quantization(Folder(folder).config) else "meta"
     options = {"device_map": place, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         _, info = found.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)

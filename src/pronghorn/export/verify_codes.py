@@ -10,7 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.export.verify_folder import FLOATS, Fault, Finding, Folder, Tensor, promise, verdict
+from pronghorn.export.verify_folder import (
+    FLOATS,
+    Fault,
+    Finding,
+    Folder,
+    Tensor,
+    promise,
+    quantization,
+    verdict,
+)
 
 _LAYOUTS = {
     "pack-quantized": (4, "int"), "nvfp4-pack-quantized": (4, "float"),
@@ -24,8 +33,10 @@ _WITHOUT = {
     "weight_shape": "transformers fails",
     "weight_global_scale": "engines read scales that are too large",
 }
-# a linear layer beside the language model, in a multimodal folder
-_BESIDE = re.compile(r"(?:^|\.)((?:vision_tower|visual|multi_modal_projector)\.(?!.*embed).+)\.weight$")
+# what lies beside the language model in a multimodal folder, from the tower's own name on
+TOWER = re.compile(r"(?:^|\.)((?:vision|visual|audio|image|multi_modal_projector).*)")
+# where engines' names for towers differ from each other's, as the real ones have shown
+_RENAMED = ("vision_tower.", "visual.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True)
@@ -45,23 +56,66 @@ class Coded:
 
 def settings(folder: Folder) -> dict[str, Any]:
     """The quantization_config of a compressed-tensors folder; ``{}`` for any other folder."""
-    found = folder.config.get("quantization_config")
-    right = isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
-    return found if isinstance(found, dict) and right else {}
+    found = quantization(folder.config)
+    return found if found.get("quant_method") == "compressed-tensors" else {}
+
+
+def foreign(folder: Folder) -> str:
+    """What of a compressed-tensors folder no code here reads, in words; "" where there is nothing.
+
+    Read are symmetric codes with a scale per group or row, and inputs quantised while computing.
+    """
+    config = settings(folder)
+    layout = str(config.get("format"))
+    if not config:
+        return ""
+    if layout not in _LAYOUTS:
+        return f"the layout {layout!r}"
+    bits, kind = _LAYOUTS[layout]
+    groups = _groups(config)
+    read: dict[str, tuple[Any, ...]] = {
+        "num_bits": (bits,),
+        "type": (kind,),
+        "strategy": ("tensor_group",) if (bits, kind) == (4, "float") else ("channel", "group"),
+        "symmetric": (True, None),
+        "actorder": (None, False, "static", "weight"),
+        "group_size": tuple(_part(one, "weights").get("group_size") for one in groups[:1]),
+    }
+    for group in groups:
+        for key, known in read.items():
+            if (value := _part(group, "weights").get(key)) not in known:
+                return f"{key} {value!r} in the layout {layout!r}"
+        if (inputs := _part(group, "input_activations")) and inputs.get("dynamic") is not True:
+            return f"a stored scale of inputs in the layout {layout!r}"
+    return ""
+
+
+def _part(group: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = group.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    groups = config.get("config_groups")
+    return [one for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
 
 
 def is_calibrated(folder: Folder) -> bool:
     """Whether GPTQ chose the codes: it states in which order of columns, and nothing else does."""
-    groups = (settings(folder).get("config_groups") or {}).values()
-    return any((group.get("weights") or {}).get("actorder") for group in groups)
+    return any(_part(group, "weights").get("actorder") for group in _groups(settings(folder)))
 
 
 def coded(folder: Folder) -> dict[str, Coded]:
-    """Weight name -> its parts, for every weight of the folder that is stored as codes with scales."""
-    bits, kind = _LAYOUTS.get(str(settings(folder).get("format")), (0, ""))
+    """Weight name -> its parts, for every weight of the folder that is stored as codes with scales.
+
+    Empty for what is ``foreign``.
+    """
     found: dict[str, Coded] = {}
+    if not settings(folder) or foreign(folder):
+        return found
+    bits, kind = _LAYOUTS[str(settings(folder)["format"])]
     for name, scale in folder.tensors.items():
-        if not bits or not name.endswith(".weight_scale"):
+        if not name.endswith(".weight_scale"):
             continue
         module = name.removesuffix("weight_scale")
         codes = folder.tensors.get(module + ("weight_packed" if bits == 4 else "weight"))
@@ -98,9 +152,9 @@ def codes_complete(folder: Folder) -> Finding:
         return False, "config.json says compression_config, which transformers ignores in silence"
     if not config:
         return True, "not in a layout of compressed-tensors"
-    layout = _LAYOUTS.get(str(config.get("format")))
-    if layout is None:
-        return None, f"the layout {config.get('format')!r} is not known here"
+    if unknown := foreign(folder):
+        return None, f"{unknown} is not known here"
+    layout = _LAYOUTS[str(config["format"])]
     problems: list[str | Fault] = []
     if config.get("quantization_status") != "compressed":
         problems.append(
@@ -119,21 +173,25 @@ def _tower_faults(folder: Folder, config: Mapping[str, Any], bits: int) -> Itera
     """Linear layers in 16 bit that an engine takes for quantised: ``ignore`` lacks its name for them.
 
     vLLM calls a tower as files on the hub do, and exchanges the prefix of plain names, not of patterns.
-    transformers 5 has one level less in SigLIP towers.
+    transformers 5 has one level less in SigLIP towers. A tower that neither is known to rename may also be
+    called as in the files.
     """
-    groups = (config.get("config_groups") or {}).values()
-    if not any("Linear" in (group.get("targets") or ()) for group in groups):
+    if not any("Linear" in (group.get("targets") or ()) for group in _groups(config)):
         return
     ignore = [str(entry) for entry in config.get("ignore") or ()]
     missed: dict[str, str] = {}
     for name, tensor in folder.tensors.items():
-        match = _BESIDE.search(name)
-        if match is None or len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
+        match = TOWER.search(name.removesuffix(".weight"))
+        linear = name.endswith(".weight") and "embed" not in name and len(tensor.shape) == 2
+        if match is None or not linear or tensor.dtype not in FLOATS:
+            continue
+        module = match[1]
+        if not module.startswith(_RENAMED) and _matched(name.removesuffix(".weight"), ignore):
             continue
         plain = [entry.removeprefix("model.") for entry in ignore]
-        if not _matched(match[1], plain):
-            missed.setdefault("vLLM", match[1])
-        inside = "model." + match[1].replace("vision_tower.vision_model.", "vision_tower.")
+        if not _matched(module, plain):
+            missed.setdefault("vLLM", module)
+        inside = "model." + module.replace("vision_tower.vision_model.", "vision_tower.")
         if not _matched(inside, ignore):
             missed.setdefault("transformers", inside)
     for engine, module in missed.items():
@@ -171,7 +229,7 @@ def _part_problems(folder: Folder, layout: tuple[int, str]) -> list[str]:
 
 
 def _shape_problems(folder: Folder, config: Mapping[str, Any]) -> list[str]:
-    groups = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
+    groups = [_part(group, "weights") for group in _groups(config)]
     size = next(
         (weights.get("group_size") for weights in groups if weights.get("strategy") in _GROUPED), None
     )

@@ -5,7 +5,6 @@ The weights must be the nearest codes; what that does to the answers is measured
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from pronghorn.export import verify_model
-from pronghorn.export.verify_codes import Coded, coded
+from pronghorn.export.verify_codes import TOWER, Coded, coded
 from pronghorn.export.verify_folder import Folder, Row, Tensor
 
 QUALITY = "quality against base + adapter in float32"
@@ -25,7 +24,6 @@ _DTYPES = {
 _EXPERTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",)),
 }  # fmt: skip
-_TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal_projector)")
 # (start of a name in a multimodal class, in its files): today, before transformers 4.52, without the towers
 _LAYOUTS = (
     ("", ""), ("model.language_model.", "language_model.model."), ("model.language_model.", "model."),
@@ -116,7 +114,7 @@ class DecodedWeights(Mapping[str, torch.Tensor]):
         self.files = {**dict.fromkeys(self.tensors), **dict.fromkeys(self.coded)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if _TOWER.search(name):
+        if TOWER.search(name):
             return self.base[name].float()
         for candidate in _file_names(name):
             if candidate in self.files:

@@ -21,7 +21,7 @@ import transformers
 
 from pronghorn.export import verify_model, verify_quant
 from pronghorn.export.verify_class import class_agrees
-from pronghorn.export.verify_codes import settings
+from pronghorn.export.verify_codes import foreign, settings
 from pronghorn.export.verify_decode import QUALITY, load_decoded, quality, sizes
 from pronghorn.export.verify_folder import ADAPTER_CONFIG, Folder, Row, base_of, verdict
 from pronghorn.export.verify_loss import LOSS, Losses, Rows, loss_row, read_rows, token_losses
@@ -112,6 +112,8 @@ def compute_promises(
     adapter = adapter or (folder if view.is_adapter else None)
     if adapter is None:
         return tuple(_alone(view))
+    if unknown := foreign(view):
+        return (Row(WEIGHTS, None, f"{unknown} is not known here"),)
     if not (adapter / ADAPTER_CONFIG).is_file():
         return tuple(map(_without_adapter, _of_a_whole(view, Folder(adapter))))
     if base is None:

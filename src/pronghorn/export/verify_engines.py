@@ -102,7 +102,8 @@ _INDEX = "pronghorn verify DIR --fix OUT writes the index anew"
 _BOTH = "pronghorn verify DIR --fix OUT writes the settings for both generations"
 _END = "pronghorn verify DIR --fix OUT names the turn's end in generation_config.json"
 _SAY = "say which with --base"
-_IGNORE = "list it in quantization_config's ignore as 're:.*vision_tower.*' (visual, multi_modal_projector)"
+_IGNORE = "list it in quantization_config's ignore as 're:.*vision_tower.*' (visual, audio_tower, ...)"
+_OURS = "try it in the engine; or quantise the 16-bit model: pronghorn export DIR OUT --format w4a16"
 _ON_GPU = "serve it where there is one; elsewhere w4a16 of a dense model, or merged_16bit"
 
 _FINE = (RIGHT, RIGHT, RIGHT, RIGHT)
@@ -172,6 +173,8 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     # answers to text are right: images become something else
     "tower in 8 bit, transformers": Consequence((LOGITS, UNCLEAR, RIGHT, REFUSED), _IGNORE),
     "tower in 8 bit, vLLM": Consequence((RIGHT, RIGHT, LOGITS, REFUSED), _IGNORE),
+    # engines have code for them, which has not run here
+    "foreign codes": Consequence((UNCLEAR, UNCLEAR, UNCLEAR, REFUSED), _OURS),
     # proven by decoding only
     "nvfp4": Consequence((RIGHT, UNCLEAR, UNCLEAR, REFUSED), _ON_GPU),
     "quantised experts": Consequence((RIGHT, UNCLEAR, UNCLEAR, REFUSED), _ON_GPU),

@@ -276,6 +276,16 @@ def promise(name: str) -> Callable[[Callable[[Folder], Finding]], Promise]:
     return lambda check: Promise(name, check)
 
 
+def quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The quantization_config of a config.json, at its top or nested; ``{}`` where there is none."""
+    found = config.get("quantization_config")
+    if isinstance(found, dict) and found:
+        return found
+    return next(
+        filter(None, (quantization(inner) for inner in config.values() if isinstance(inner, dict))), {}
+    )
+
+
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json without any quantization_config, nested ones included."""
     return {

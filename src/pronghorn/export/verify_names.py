@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pronghorn.export.verify_codes import plain_tensors, settings
-from pronghorn.export.verify_folder import Fault, Finding, Folder, promise, verdict
+from pronghorn.export.verify_codes import foreign, plain_tensors, settings
+from pronghorn.export.verify_folder import Fault, Finding, Folder, promise, quantization, verdict
 
 Shape = tuple[int, ...]
 
@@ -168,9 +168,9 @@ def original_name(name: str, config: Mapping[str, Any]) -> str:
 def tensors_agree(folder: Folder) -> Finding:
     """Every tensor that config.json's class needs is there in its shape, and no other."""
     wanted = expected(folder.config)
-    quantised = "quantization_config" in folder.config and not settings(folder)
+    quantised = bool(quantization(folder.config)) and not settings(folder)
     packed = any(tensor.dtype in ("U8", "I32") for tensor in folder.tensors.values())
-    if wanted is None or (quantised and packed):
+    if wanted is None or foreign(folder) or (quantised and packed):
         return _twins(folder)
     found = {name: shape for name, (shape, _) in plain_tensors(folder).items()}
     prefix = prefix_of(found, wanted)

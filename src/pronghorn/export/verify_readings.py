@@ -10,8 +10,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pronghorn.export.verify_codes import coded, settings
-from pronghorn.export.verify_folder import Fault, Finding, Folder, UnreadableError, promise, verdict
+from pronghorn.export.verify_codes import coded, foreign, settings
+from pronghorn.export.verify_folder import (
+    Fault,
+    Finding,
+    Folder,
+    UnreadableError,
+    promise,
+    quantization,
+    verdict,
+)
 from pronghorn.export.verify_names import LAYERS
 from pronghorn.export.verify_tokens import chat_templates, token_table, turn_end
 
@@ -208,10 +216,12 @@ def _ids(value: Any) -> set[int]:
 
 def quantised_faults(folder: Folder) -> list[Fault]:
     """Quantised weights of a kind that an engine has no code for."""
-    method = (folder.config.get("quantization_config") or {}).get("quant_method")
+    method = quantization(folder.config).get("quant_method")
     packed = any(tensor.dtype == "U8" for tensor in folder.tensors.values())
     if method == "bitsandbytes" and packed:
         return [Fault("bitsandbytes", "vLLM reads no bitsandbytes checkpoints since 0.28")]
+    if unknown := foreign(folder):
+        return [Fault("foreign codes", f"{unknown} is not known here")]
     if settings(folder).get("format") == "nvfp4-pack-quantized":
         return [Fault("nvfp4", "vLLM runs NVFP4 on NVIDIA GPUs only (compute capability 7.5 and up)")]
     if any(".experts." in name for name in coded(folder)):

@@ -8,8 +8,11 @@ imports nothing of ours when it is started by its path. It gives a template what
 from __future__ import annotations
 
 import json
+import math
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -17,7 +20,8 @@ from typing import Any
 
 Turns = Sequence[Mapping[str, str]]  # role and content each
 
-SECONDS = 10.0  # ordinary templates take a millisecond, the start of the process a tenth of a second
+SECONDS = 10.0  # of computing; ordinary templates take a millisecond
+WAIT_SECONDS = 60.0  # by the clock: the start of the process takes a tenth, on a busy machine some
 MEMORY_BYTES = 1 << 30  # of address space; jinja2 takes 30 MB
 OUTPUT_BYTES = 1 << 20  # two short messages become a few hundred
 
@@ -30,12 +34,16 @@ class EndlessError(RenderError):
     """The template did not finish within the limits."""
 
 
+class UnrenderedError(RenderError):
+    """The process ended without an answer, which says nothing about the template."""
+
+
 def rendered(template: str, messages: Turns, special: Mapping[str, Any], *, prompt: bool) -> str:
     """A conversation as the template writes it; ``prompt``: with what opens the assistant's answer.
 
     Raises:
         RenderError: what the template said.
-        EndlessError: as ``rendered_each``.
+        EndlessError, UnrenderedError: as ``rendered_each``.
     """
     (found,) = rendered_each(template, [(messages, prompt)], special)
     if isinstance(found, RenderError):
@@ -55,6 +63,7 @@ def rendered_each(
 
     Raises:
         EndlessError: it took more than ``SECONDS`` or ``MEMORY_BYTES``, or one more than ``OUTPUT_BYTES``.
+        UnrenderedError: its process failed.
     """
     given = [
         {
@@ -66,7 +75,9 @@ def rendered_each(
         }
         for turns, prompt in asked
     ]
-    said = json.loads(_asked(json.dumps({"template": template, "given": given}, default=str)))
+    said = json.loads(
+        _asked(json.dumps({"template": template, "given": given, "seconds": SECONDS}, default=str))
+    )
     return [one["text"] if "text" in one else RenderError(one["error"]) for one in said]
 
 
@@ -76,13 +87,16 @@ def _asked(request: str) -> str:
     program = [sys.executable, __file__]
     try:
         done = subprocess.run(
-            program, input=request, capture_output=True, text=True, timeout=SECONDS, check=False
+            program, input=request, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
         )
-        answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        raise EndlessError(f"it did not finish within {SECONDS:g} s") from None
-    except ValueError:
-        raise EndlessError(f"its process ended with code {done.returncode}") from None
+        raise EndlessError(f"it did not finish within {WAIT_SECONDS:g} s") from None
+    if done.returncode and done.returncode == -getattr(signal, "SIGXCPU", 0):
+        raise EndlessError(f"it did not finish within {SECONDS:g} s of computing")
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2] or "it said nothing"
+        raise UnrenderedError(f"its process ended with code {done.returncode}: {said[:400]}")
+    answer = json.loads(done.stdout)
     if "endless" in answer:
         raise EndlessError(answer["endless"])
     return json.dumps(answer["said"])
@@ -151,21 +165,28 @@ def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _limit_memory() -> None:
+def _limit(seconds: float) -> int:
+    """Limit this process from here on; returns the memory it may take, in bytes."""
     try:
         import resource
-    except ImportError:  # Windows has no such limit; the time limit holds there too
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    except ImportError:  # Windows has no such limits; that by the clock holds there too
+        return MEMORY_BYTES
+    limits = {}
+    wanted = {resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_CPU: math.ceil(time.process_time() + seconds)}
+    for kind, most in wanted.items():
+        _, hard = resource.getrlimit(kind)
+        limits[kind] = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (limits[kind], hard))
+    return limits[resource.RLIMIT_AS]
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     environment = _environment()
-    _limit_memory()
+    memory = _limit(request["seconds"])
     try:
         return {"said": [_one(environment, request["template"], given) for given in request["given"]]}
     except MemoryError:
-        return {"endless": f"it took more than {MEMORY_BYTES >> 30} GiB"}
+        return {"endless": f"it took more than {memory / 2**30:.2g} GiB"}
     except OverflowError as error:
         return {"endless": str(error)}
 

@@ -14,7 +14,7 @@ from pronghorn.export.verify_folder import (
     read_json,
     verdict,
 )
-from pronghorn.export.verify_render import EndlessError, RenderError, rendered, syntax_errors
+from pronghorn.export.verify_render import EndlessError, RenderError, UnrenderedError, rendered, syntax_errors
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -159,6 +159,8 @@ def template_parses(folder: Folder) -> Finding:
         return None, "jinja2 is not installed"
     except EndlessError as error:
         problems = [Fault("endless template", f"the chat template does not render a short chat: {error}")]
+    except UnrenderedError as error:
+        return None, f"the chat template could not be rendered: {error}"
     except RenderError:
         pass  # a template that wants more than messages
     return verdict(problems, ", ".join(templates))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 from pronghorn.export.verify_codes import plain_tensors
 from pronghorn.export.verify_folder import (
@@ -20,6 +19,7 @@ from pronghorn.export.verify_folder import (
     Tensor,
     UnreadableError,
     promise,
+    quantization,
     read_header,
     verdict,
 )
@@ -139,7 +139,7 @@ def quantization_agrees(folder: Folder) -> Finding:
     packed = [t for t, tensor in folder.tensors.items() if _PACKED.search(t) or tensor.dtype.startswith("F8")]
     problems = []
     if found and not packed:
-        method = _method(folder.config)
+        method = str(quantization(folder.config).get("quant_method"))
         code = f"{method} config left" if method in METHODS else "quantization config left"
         problems = [Fault(code, f"config.json has {path}, and no tensor is quantised") for path in found]
     elif packed and not found:
@@ -147,11 +147,6 @@ def quantization_agrees(folder: Folder) -> Finding:
         lone = folder.tensors[packed[0]].dtype.startswith("F8") and not any(map(_PACKED.search, packed))
         problems = [Fault("fp8 without scales" if lone else "codes without a config", told)]
     return verdict(problems, "quantised" if packed else "16 or 32 bit, none")
-
-
-def _method(config: dict[str, Any]) -> str:
-    found = config.get("quantization_config")
-    return str(found.get("quant_method")) if isinstance(found, dict) else ""
 
 
 def _paths(value: object, wanted: tuple[str, ...], prefix: str = "") -> Iterator[str]:

@@ -22,7 +22,7 @@ from pronghorn.loading.strict import common_arguments, keep_soft_cap, load_blank
 from pronghorn.memory.shapes_only import ShapesOnly
 from pronghorn.quant.choose import choose
 from pronghorn.quant.library import blank_linear_4bit, blank_packed, is_linear_4bit
-from pronghorn.quant.stored import CONFIG_KEY
+from pronghorn.sources.bounds import CONFIG_KEY
 from pronghorn.sources.source import Source
 from pronghorn.weights import keymap
 

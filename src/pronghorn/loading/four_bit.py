@@ -19,7 +19,8 @@ from pronghorn.errors import ConfigError, NotSupportedError, SourceError
 from pronghorn.quant import nf4
 from pronghorn.quant.choose import STORED, Choice, choose
 from pronghorn.quant.library import bitsandbytes, guard_gradients, linears_4bit
-from pronghorn.quant.stored import CONFIG_KEY, stored_4bit
+from pronghorn.quant.stored import stored_4bit
+from pronghorn.sources.bounds import CONFIG_KEY
 from pronghorn.sources.source import Source
 from pronghorn.weights import keymap
 from pronghorn.weights.folder import WeightFolder, open_weights

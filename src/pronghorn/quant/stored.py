@@ -18,11 +18,11 @@ import torch
 from pronghorn.errors import SourceError
 from pronghorn.ops.packed import NESTED_BLOCK, Scales, decode_span
 from pronghorn.quant import nf4
+from pronghorn.sources.bounds import CONFIG_KEY, quantization_of
 from pronghorn.weights.folder import WeightFolder
 from pronghorn.weights.reader import TORCH_DTYPES, read_rows, read_tensor
 from pronghorn.weights.shards import Shard, TensorEntry
 
-CONFIG_KEY = "quantization_config"
 _FIX = "download or copy the 4-bit model again, or use the 16-bit one"
 # block sizes that bitsandbytes has kernels for
 _BLOCKS = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
@@ -122,15 +122,6 @@ class EncodedNF4:
     def _span(self, first: int, last: int) -> torch.Tensor:
         flat = replace(self.entry, shape=(prod(self.entry.shape),))
         return read_rows(self.shard, flat, first, last).to(self.dtype)
-
-
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization_config of a config.json, at its top or nested; None where there is none."""
-    found = config.get(CONFIG_KEY)
-    if isinstance(found, Mapping) and found:
-        return found
-    nested = (quantization_of(value) for value in config.values() if isinstance(value, Mapping))
-    return next((one for one in nested if one is not None), None)
 
 
 def stored_4bit(config: Mapping[str, Any], weights: WeightFolder) -> Mapping[str, StoredNF4]:

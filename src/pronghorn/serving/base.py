@@ -13,10 +13,11 @@ from pronghorn.adapters.files import AdapterFolder
 from pronghorn.errors import AdapterError, NotSupportedError, PronghornError
 from pronghorn.export.onto import adapter_note
 from pronghorn.export.original import original_of
-from pronghorn.export.quantised_base import held_against
+from pronghorn.export.quantised_base import GIVE_BASE, held_against
 from pronghorn.export.verify import recorded_base
-from pronghorn.quant.stored import quantization_of
-from pronghorn.sources.bounds import BITSANDBYTES, quantised_kind
+from pronghorn.export.verify_codes import foreign
+from pronghorn.export.verify_folder import Folder
+from pronghorn.sources.bounds import BITSANDBYTES, quantised_kind, quantization_of
 from pronghorn.sources.resolve import is_compressed, resolve_base
 from pronghorn.sources.source import Source
 
@@ -32,7 +33,8 @@ def base_to_serve(adapter: Source, base: str | Path | None = None) -> Source:
     from; or a quantised one, of which only names and shapes are known yet.
 
     Raises:
-        NotSupportedError: it is stored in a format that vLLM does not read.
+        NotSupportedError: it is stored in a format that vLLM does not read, or in one whose codes are not
+            known here.
         AdapterError, SourceError, ExportError: as ``resolve_base`` and ``original_of``.
     """
     original = original_of(adapter, base) if base is not None else None
@@ -46,6 +48,12 @@ def base_to_serve(adapter: Source, base: str | Path | None = None) -> Source:
             fix="name the 16-bit model it was made from with --base, and the adapter is served on that; or "
             f"serve the merge in 4 bit: pronghorn export {adapter.path} DIR --format w4a16",
         )
+    if unknown := foreign(Folder(found.path)):
+        raise NotSupportedError(
+            f"{found.path} is quantised with {unknown}, under which an adapter cannot be checked here",
+            fix="give the base in 16 bit, or quantised with symmetric codes and a scale per group or row: "
+            "pronghorn export BASE DIR --format w4a16",
+        )
     return found
 
 
@@ -53,7 +61,8 @@ def base_notes(source: Source, adapter: AdapterFolder, base: Source) -> tuple[st
     """What the user has to know about this base under this adapter, in words.
 
     Raises:
-        AdapterError: a quantised base is of another model, or has the adapter merged in.
+        AdapterError: a quantised base is of another model, has the adapter merged in, or values that are
+            not finite.
     """
     trained_on = adapter_note(adapter.record)
     notes = [] if trained_on is None else [trained_on]
@@ -63,7 +72,7 @@ def base_notes(source: Source, adapter: AdapterFolder, base: Source) -> tuple[st
 
 
 def _quantised_note(source: Source, adapter: AdapterFolder, base: Source) -> str:
-    layout = base.config["quantization_config"].get("format")
+    layout = (quantization_of(base.config) or {}).get("format")
     told = f"{base.path} is quantised ({layout}), so the fingerprint of the base says nothing about it"
     place = recorded_base(source.path)
     try:
@@ -76,13 +85,13 @@ def _quantised_note(source: Source, adapter: AdapterFolder, base: Source) -> str
             "but whether it is the same model, without the adapter merged in, was not checked"
         )
     off, share = held_against(adapter, base.path, trained)
-    if off > _BOUND:
+    if not off <= _BOUND:
         raise AdapterError(
             f"{base.path} is not {trained.path} quantised: its weights are {off:.2f} off those the adapter "
             f"{source.path} was trained on, where rounding to 4 bits is 0.1 off",
-            fix="give that very base with base=PATH (--base), in 16 bit or quantised",
+            fix=GIVE_BASE,
         )
-    if share > _MERGED_SHARE:
+    if not share <= _MERGED_SHARE:
         raise AdapterError(
             f"{base.path} has the adapter {source.path} merged in already ({share:.0%} of its update), so it "
             "would be applied twice",

@@ -25,8 +25,8 @@ from pronghorn.loading.load import load
 from pronghorn.loading.options import LoadOptions
 from pronghorn.loading.report import LoadReport
 from pronghorn.loading.strict import no_bars
-from pronghorn.quant.stored import quantization_of
 from pronghorn.serving.rows import IGNORED, scored_rows
+from pronghorn.sources.bounds import quantization_of
 from pronghorn.sources.resolve import BASE_CONFIG, read_json
 
 

@@ -32,6 +32,7 @@ from pronghorn.export.verify import VerifyReport, verify
 from pronghorn.export.verify_engines import LOGITS, MEANING, REFUSED
 from pronghorn.export.verify_model import available_bytes
 from pronghorn.serving.base import base_notes, base_to_serve
+from pronghorn.sources.bounds import quantization_of
 from pronghorn.sources.resolve import ADAPTER_CONFIG, BASE_CONFIG, is_compressed, read_json, resolve
 from pronghorn.sources.source import Source, SourceKind
 
@@ -230,7 +231,7 @@ def _check_adapters(base: Path, config: Mapping[str, Any]) -> None:
     """Without a GPU, vLLM 0.32 fails at its start with any adapter on a mixture of experts, or on int8."""
     if torch.cuda.is_available():
         return
-    if (config.get("quantization_config") or {}).get("format") == _INT8_LAYOUT:
+    if (quantization_of(config) or {}).get("format") == _INT8_LAYOUT:
         raise NotSupportedError(
             f"{base} is in 8-bit integers (w8a8): vLLM's CPU build ends at its start with any adapter on it",
             fix="serve it on a GPU, quantise the base as w4a16 or fp8, or merge the adapter: --format w8a8",

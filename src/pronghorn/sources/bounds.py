@@ -14,6 +14,7 @@ from typing import Any
 from pronghorn.errors import NotSupportedError, SourceError
 from pronghorn.weights.folder import WeightFolder
 
+CONFIG_KEY = "quantization_config"
 # values of quant_method
 BITSANDBYTES, COMPRESSED_TENSORS = "bitsandbytes", "compressed-tensors"
 _LAYER_KEYS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers"})
@@ -64,7 +65,7 @@ def check_base_config(
     layers = _layers(weights)
     largest = max((max(entry.shape, default=1) for _, entry in weights.tensors.values()), default=1)
     for key, value in _walk(config):
-        if key == "quantization_config" and value:
+        if key == CONFIG_KEY and value:
             _check_quantization(path, value, to_serve)
         if key in _CODE_KEYS and isinstance(value, str) and "/" in value:
             raise SourceError(
@@ -72,6 +73,15 @@ def check_base_config(
                 fix=f"remove {key} from config.json if you trust the rest of the model",
             )
         _check_number(path, key, value, layers, largest)
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization_config of a config.json, at its top or nested; None where there is none."""
+    found = config.get(CONFIG_KEY)
+    if isinstance(found, Mapping) and found:
+        return found
+    nested = (quantization_of(value) for value in config.values() if isinstance(value, Mapping))
+    return next((one for one in nested if one is not None), None)
 
 
 def quantised_kind(value: Any) -> str:
@@ -94,7 +104,7 @@ def _check_quantization(path: Path, value: Any, to_serve: bool) -> None:
     if to_serve:
         raise NotSupportedError(
             f"{path} describes quantised weights ({kind}), under which an adapter cannot be checked here",
-            fix="give the 16-bit base, or one in a layout of compressed-tensors (w4a16, fp8)",
+            fix="give the 16-bit base, or one in compressed-tensors' w4a16, w8a8, fp8 or nvfp4",
         )
     if kind != "bitsandbytes, nf4":
         raise NotSupportedError(

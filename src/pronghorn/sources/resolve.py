@@ -9,7 +9,7 @@ from typing import Any
 
 from pronghorn.errors import AdapterError, NotSupportedError, SourceError
 from pronghorn.sources import hub
-from pronghorn.sources.bounds import COMPRESSED_TENSORS, check_base_config, quantised_kind
+from pronghorn.sources.bounds import COMPRESSED_TENSORS, check_base_config, quantised_kind, quantization_of
 from pronghorn.sources.record import AdapterRecord, read_record
 from pronghorn.sources.source import Source, SourceKind
 from pronghorn.weights.folder import fingerprint, open_weights
@@ -114,7 +114,7 @@ def resolve_base(
 
 def is_compressed(source: Source) -> bool:
     """Whether a base holds its weights in a layout of compressed-tensors."""
-    return quantised_kind(source.config.get("quantization_config")) == COMPRESSED_TENSORS
+    return quantised_kind(quantization_of(source.config)) == COMPRESSED_TENSORS
 
 
 def _recorded(adapter: Source, record: AdapterRecord) -> tuple[str | Path, str | None]:
