@@ -116,6 +116,19 @@ def test_the_report_of_a_16_bit_load(tmp_path: Path) -> None:
     assert report.dtype_bytes["bfloat16"] == report.full_bytes  # a tied head counts once
 
 
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    model = tiny.model("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        SourceError, match=r"layers\.1\.mlp\.up_proj\.weight in .* holds NaN or infinity"
+    ) as caught:
+        load(tmp_path / "base", NF4)
+    assert "download the base again" in str(caught.value)
+
+
 def test_a_width_off_the_block_stays_16_bit(tmp_path: Path) -> None:
     model, _ = load(tiny.write_base(tmp_path / "base"), NF4)  # down_proj reads 96
     assert report_of(model).left == {"the output head": 1, "a width that is no multiple of 64": 2}

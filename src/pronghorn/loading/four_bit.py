@@ -170,12 +170,23 @@ def _settings(choice: Choice, dtype: torch.dtype) -> dict[str, Any]:
 def _encoded(
     weights: WeightFolder, chosen: frozenset[str], dtype: torch.dtype, device: str | None
 ) -> dict[str, torch.Tensor]:
-    """All tensors of the folder, the chosen ones packed one after the other."""
+    """All tensors of the folder, the chosen ones packed one after the other.
+
+    Raises:
+        SourceError: one to be packed holds NaN or infinity, in ``dtype``.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, (shard, entry) in weights.tensors.items():
         tensor = read_tensor(shard, entry)
         if name in chosen:
-            tensors |= nf4.stored_tensors(nf4.encode(tensor.to(device=device, dtype=dtype)), name)
+            try:
+                packed = nf4.encode(tensor.to(device=device, dtype=dtype))
+            except ValueError as error:
+                raise SourceError(
+                    f"{name} in {shard.path} holds NaN or infinity in {dtype}",
+                    fix="copy or download the base again, or load it in bfloat16",
+                ) from error
+            tensors |= nf4.stored_tensors(packed, name)
         else:
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return tensors
