@@ -24,6 +24,7 @@ from pronghorn.export.onto import MergeFormat
 from pronghorn.export.run import export
 from pronghorn.sources.source import Source, SourceKind
 from tests import tiny
+from tests.export.damage import edit_json, edit_weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 KINDS = ("f32", "f16", "bf16", "q8_0")
@@ -371,3 +372,24 @@ def test_quantised_models_are_refused(bases: dict[str, Path], tmp_path: Path) ->
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": NF4}))
     with pytest.raises(NotSupportedError, match="these are quantised"):
         export(base, tmp_path / "out", format="gguf-f16")
+
+
+def test_a_base_that_is_not_finite_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
+
+    def damage(held: dict[str, torch.Tensor]) -> None:
+        held["model.layers.1.self_attn.q_proj.weight"][3, 2] = torch.nan
+
+    edit_weights(base, damage)
+    with pytest.raises(ExportError, match=r"blk\.1\.attn_q\.weight holds NaN or infinity"):
+        export(base, tmp_path / "out", format="gguf-q8_0", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_s_own_code_is_never_run(bases: dict[str, Path], tmp_path: Path) -> None:
+    model, ran = Path(shutil.copytree(bases["llama"], tmp_path / "model")), tmp_path / "ran"
+    (model / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    edit_json(model / "config.json", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    edit_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    export(model, tmp_path / "out", format="gguf-q8_0", verify=False)
+    assert not ran.exists()
